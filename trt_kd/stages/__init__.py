@@ -1,0 +1,1 @@
+"""The stages: each one function from settings and artifacts to one artifact."""
