@@ -29,9 +29,7 @@ def test_rope_stands_in_both_spellings(teacher):
 )
 def test_old_and_new_rope_spellings_say_the_same(rope):
     new = portable_config({"rope_parameters": rope})
-    old = portable_config(
-        {key: new[key] for key in ("rope_theta", "rope_scaling")}
-    )
+    old = portable_config({key: new[key] for key in ("rope_theta", "rope_scaling")})
     assert old["rope_parameters"] == rope
     assert (old["rope_theta"], old["rope_scaling"]) == (new["rope_theta"], new["rope_scaling"])
 

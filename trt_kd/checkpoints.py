@@ -62,6 +62,12 @@ def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel
     return model.eval()  # type: ignore[no-any-return]
 
 
+def stored_dtype(directory: Path) -> str:
+    """Name of the torch dtype that the ``config.json`` of ``directory`` gives its weights."""
+    config = _read(directory / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer in ``directory``.
 

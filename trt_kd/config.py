@@ -65,12 +65,15 @@ def build_plugin(registry: Registry[type[Plugin]], value: object) -> object:
         member = registry.load(str(value["kind"]))
     except ConfigError as error:
         raise ValueError(str(error)) from error
+    if not (isinstance(member, type) and issubclass(member, Plugin)):
+        raise ValueError(f"{value['kind']!r} is no {registry.what}: derive its class from Plugin")
     return member.model_validate(dict(value))
 
 
 def plugin_field(registry: Registry[Any], base: type[P]) -> Any:
     """Annotation of a field that holds a plugin of ``registry``, options and all."""
-    return Annotated[SerializeAsAny[base], BeforeValidator(partial(build_plugin, registry))]
+    builder = BeforeValidator(partial(build_plugin, registry))
+    return Annotated[SerializeAsAny[base], builder]  # type: ignore[misc, valid-type]
 
 
 def validate(model: type[M], value: object, *, where: str) -> M:
@@ -122,6 +125,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         """Build the mapping, or say which key stands twice."""
         seen: set[object] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # may be overridden: that is its use
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a plain value", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -137,21 +146,26 @@ def apply_overrides(settings: Mapping[str, Any], overrides: list[str]) -> dict[s
     Raises:
         ConfigError: if an override is not of that form or reaches into a plain value.
     """
-    result = _copied(settings)
+    result: dict[str, Any] = _copied(settings)
     for override in overrides:
         path, equals, text = override.partition("=")
-        if not equals or not path:
+        *parents, last = path.split(".")
+        if not equals or not all([*parents, last]):
             raise ConfigError(
                 f"{override!r} is not an override", hint="write it as dotted.key=value"
             )
-        *parents, last = path.split(".")
+        try:
+            value = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"override {override!r} is not valid YAML: {reason}") from error
         place: Any = result
         for parent in parents:
             place = _child(place, parent, override)
         if isinstance(place, list):
-            place[_index(place, last, override)] = yaml.safe_load(text)
+            place[_index(place, last, override)] = value
         elif isinstance(place, dict):
-            place[last] = yaml.safe_load(text)
+            place[last] = value
         else:
             raise ConfigError(f"override {override!r}: {'.'.join(parents)} is a plain value")
     return result

@@ -5,7 +5,9 @@ into place, each step synced to disk. What a stage needs to go on after a kill l
 ``<out>.work`` and is removed once the artifact stands.
 """
 
+import errno
 import os
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +18,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trt_kd.artifacts.environment import environment
-from trt_kd.artifacts.manifest import MANIFEST, Ancestor, Kind, Manifest, Metric, sha256_of, work_key
+from trt_kd.artifacts.manifest import (
+    MANIFEST,
+    Ancestor,
+    Kind,
+    Manifest,
+    Metric,
+    sha256_of,
+    work_key,
+)
 from trt_kd.config import StageConfig
 from trt_kd.errors import ArtifactError
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -132,14 +144,13 @@ def writing(
     try:
         yield draft
         _finish(draft, out, kind=kind, config=config, inputs=inputs)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise ArtifactError(
-            f"{out} could not be written: {error}",
-            hint="free disk space or choose another folder, then run again",
-        ) from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise ArtifactError(
+                f"{out} could not be written: {error.strerror}",
+                hint="free disk space or choose another folder, then run again",
+            ) from error
         raise
     shutil.rmtree(work_directory(out), ignore_errors=True)
 
@@ -153,6 +164,7 @@ def _finish(
     inputs: Mapping[str, Artifact],
 ) -> None:
     """Digest, sync, write the manifest last and rename into place."""
+    _require_finite(draft.metrics, draft.path)
     files = _files(draft.path)
     input_keys = {role: artifact.key for role, artifact in inputs.items()}
     manifest = Manifest(
@@ -169,12 +181,29 @@ def _finish(
     )
     for name in files:
         _sync(draft.path / name)
+    for folder in sorted(path for path in draft.path.rglob("*") if path.is_dir()):
+        _sync(folder)
     target = draft.path / MANIFEST
     target.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _sync(target)
     _sync(draft.path)
     draft.path.rename(out)
     _sync(out.parent)
+
+
+def _require_finite(value: object, out: Path, name: str = "") -> None:
+    """Refuse a result that JSON cannot hold: a number nobody could have measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ArtifactError(
+            f"{out.stem}: the metric {name} is {value}",
+            hint="look for NaN or infinity in the model or its input",
+        )
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_finite(item, out, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _require_finite(item, out, name)
 
 
 def _lineage(inputs: Iterable[Artifact]) -> dict[str, Ancestor]:

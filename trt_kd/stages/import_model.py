@@ -105,6 +105,7 @@ class ImportConfig(StageConfig):
     def known_shape(self) -> ModelShape | None:
         """Sizes as far as they can be told without a download or a load."""
         path = self.local_path()
+        shape: ModelShape | None
         if path is not None and (path / "config.json").is_file():
             shape = read_shape(path)
         elif path is not None and path.suffix == ".gguf" and find_spec("gguf"):
@@ -113,7 +114,7 @@ class ImportConfig(StageConfig):
             shape = self.expect.shape()
         else:
             return None
-        if self.keep_layers is None:
+        if self.keep_layers is None or shape is None:
             return shape
         return ModelShape(**vars(shape) | {"layers": min(self.keep_layers, shape.layers)})
 
@@ -173,8 +174,13 @@ def _download(hub_id: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*"]
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError,
-            httpx.HTTPError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+        httpx.HTTPError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"hf:{hub_id} cannot be downloaded: {reason}",
@@ -258,8 +264,12 @@ def fingerprint(path: Path) -> str:
     Of a file above 64 MiB only 64 evenly spaced pieces of 1 MiB are read, so that planning with
     a large model stays quick.
     """
-    files = [path] if path.is_file() else sorted(
-        file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".model"}
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(
+            file for file in path.iterdir() if file.suffix in {".json", ".safetensors", ".model"}
+        )
     )
     digest = hashlib.sha256()
     for file in files:

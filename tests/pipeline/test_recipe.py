@@ -1,0 +1,57 @@
+"""Recipes are strict, inherit what they share, and every workflow plans."""
+
+from pathlib import Path
+
+import pytest
+
+from trt_kd.errors import ConfigError
+from trt_kd.pipeline.plan import make_plan
+from trt_kd.pipeline.recipe import load_recipe
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+PUBLISHED = {
+    # teacher and student parameters as published, in thousands of millions
+    "llama3.1-8b-to-4b-width-fp8": (8.03, 4.51),
+    "qwen3-8b-to-6b-depth-fp8": (8.19, 5.88),
+    "quickstart": (0.1345, 0.1080),
+}
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_workflow_plans_to_the_published_sizes(path, tmp_path):
+    plan = make_plan(load_recipe(path), tmp_path)
+    counts = tuple(shape.parameters / 1e9 for shape in (plan.shapes.teacher, plan.shapes.student))
+    assert counts == pytest.approx(PUBLISHED[path.stem], rel=2e-3)
+    assert not list(tmp_path.iterdir())
+    assert all(planned.estimate.time_s > 0 for planned in plan.steps)
+
+
+def test_data_and_seed_reach_every_section_that_does_not_set_its_own():
+    recipe = load_recipe(
+        WORKFLOWS / "quickstart.yaml",
+        ["seed=7", "data.block_tokens=128", "evaluate.seed=3"],
+    )
+    assert recipe.distill.seed == recipe.prune.seed == recipe.export.also["fp8"].quantize.seed == 7
+    assert recipe.evaluate.seed == 3
+    assert recipe.evaluate.data.block_tokens == recipe.distill.data.block_tokens == 128
+
+
+def test_three_mistakes_are_reported_at_once_with_their_paths():
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(
+            WORKFLOWS / "quickstart.yaml",
+            ["distill.steps=-3", "prune.calibration_tokens=many", "shuffel=true"],
+        )
+    text = str(caught.value)
+    assert "3 problem(s)" in text
+    for path in ("distill.steps", "prune.calibration_tokens", "shuffel"):
+        assert path in text
+
+
+def test_a_rehearsal_shrinks_every_section_and_changes_every_key(tmp_path):
+    recipe = load_recipe(WORKFLOWS / "quickstart.yaml")
+    whole = {step.step.name: step.key for step in make_plan(recipe, tmp_path).steps}
+    small = {step.step.name: step.key for step in make_plan(recipe.rehearsal(), tmp_path).steps}
+    assert whole.keys() == small.keys()
+    assert not set(whole.values()) & set(small.values())
+    assert recipe.rehearsal().distill.steps <= 2

@@ -1,0 +1,245 @@
+"""The benchmark stage: fair turns, exact lengths, records that say what they are."""
+
+import json
+
+import numpy as np
+import pytest
+
+from trt_kd.artifacts import Artifact, writing
+from trt_kd.config import StageConfig, validate
+from trt_kd.errors import ArtifactError, ConfigError, DataError, ModelError
+from trt_kd.stages.benchmark import BenchmarkConfig, benchmark, turns
+
+FAKE = '''
+"""A backend that sleeps; rows of 3 do not fit in its memory, a marked prompt kills it."""
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from trt_kd.backends.base import Backend, Session
+from trt_kd.measuring.roofline import DecodeWork
+
+
+class Sleeper(Backend):
+    """Sleeps as long per step as its export says."""
+
+    kind: Literal["sleeper_backend:Sleeper"] = "sleeper_backend:Sleeper"
+
+    def load(self, directory):
+        return SleeperSession(directory)
+
+    def decode_work(self, directory):
+        return DecodeWork(weight_bytes=4000, weights=1000, kv_bytes_per_token=8.0)
+
+
+class SleeperSession(Session):
+    vocab_size = 512
+
+    def __init__(self, directory):
+        self.step_s = float((directory / "step_s").read_text())
+        self.log = Path(os.environ["SLEEPER_LOG"])
+
+    def logits(self, tokens_BL):
+        raise ValueError
+
+    def steps(self, prompts, new_tokens):
+        with self.log.open("a") as log:
+            log.write(f"{self.step_s} {prompts}\\n")
+        if self.step_s < 0:
+            os._exit(7)
+        if len(prompts) == 3:
+            raise MemoryError("no room for 3")
+        time.sleep(10 * self.step_s)
+        for _ in range(new_tokens):
+            time.sleep(self.step_s)
+            yield
+
+    def close(self):
+        pass
+'''
+
+
+class MadeConfig(StageConfig):
+    stage = "export"
+    lane: object
+    note: float
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch, tokenizer_dir):
+    """Make an export that takes ``step_s`` seconds per step."""
+    (tmp_path / "sleeper_backend.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SLEEPER_LOG", str(tmp_path / "log"))
+
+    def make(step_s):
+        out = tmp_path / f"export{step_s}"
+        lane = {"kind": "sleeper_backend:Sleeper", "precision": "int4"}
+        config = MadeConfig(lane=lane, note=step_s)
+        with writing(out, kind="export", config=config, inputs={}) as draft:
+            (draft.path / "step_s").write_text(str(step_s))
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (draft.path / name).write_bytes((tokenizer_dir / name).read_bytes())
+        return Artifact.open(out)
+
+    return make
+
+
+@pytest.fixture
+def settings(text_file):
+    def make(**changes):
+        source = {"kind": "text", "files": [str(text_file)]}
+        few = {"input_tokens": 8, "output_tokens": 4, "repeats": 3, "batch_sizes": [1, 2]}
+        few |= {"data": {"source": source}, "warmup": 1}
+        return validate(BenchmarkConfig, few | changes, where="benchmark")
+
+    return make
+
+
+def read(artifact):
+    return json.loads((artifact.path / "benchmark.json").read_text())
+
+
+def test_variants_take_turns_in_abba_order():
+    config = BenchmarkConfig(batch_sizes=(2,), warmup=1, repeats=3)
+    order = list(turns(config, ["a", "b"]))
+    assert [turn.variant for turn in order] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [turn.repeat for turn in order] == [-1, -1, 0, 0, 1, 1, 2, 2]
+
+
+def test_no_two_rounds_share_a_row_and_all_variants_of_a_round_do():
+    config = BenchmarkConfig(batch_sizes=(1, 4, 8), warmup=1, repeats=2)
+    rows = {}
+    for turn in turns(config, ["a", "b", "c"]):
+        rows.setdefault(turn.variant, []).extend(range(turn.rows.start, turn.rows.stop))
+    assert rows["a"] == rows["b"] == rows["c"] == list(range(3 * 13))
+
+
+def test_records_hold_what_the_sessions_did(sleeper, settings, tmp_path):
+    variants = {"slow": sleeper(0.02), "fast": sleeper(0.005)}
+    made = benchmark(settings(), out=tmp_path / "b", **variants)
+    result = read(made)
+    assert result["schema_version"] == 1
+    assert result["hardware"]["python"]
+    assert list(result["variants"]) == ["slow", "fast"]
+    for name, step_ms in (("slow", 20.0), ("fast", 5.0)):
+        assert [record["batch_size"] for record in result["variants"][name]] == [1, 2]
+        for record in result["variants"][name]:
+            assert record["backend"] == "sleeper_backend:Sleeper"
+            assert record["format"] == "int4"
+            assert (record["input_tokens"], record["output_tokens"]) == (8, 4)
+            assert record["repeats"] == 3
+            assert record["itl_ms"]["p50"] >= step_ms
+            assert record["ttft_ms"]["p50"] >= 11 * step_ms
+            assert record["output_tokens_per_s"] <= record["batch_size"] * 4 / (14e-3 * step_ms)
+            assert record["peak_memory_bytes"] > 1 << 20
+            assert record["load_s"] > 0
+            assert record["steady"] == (record["spread"] <= 0.25)
+            assert 0 < record["decode_floor_ms"] < step_ms
+    assert made.metrics["variants"]["slow"]["batch_1"]["itl_ms_p50"] >= 20.0
+    made.verify()
+
+
+def test_every_step_of_every_counted_run_is_kept(sleeper, settings, tmp_path):
+    made = benchmark(settings(), out=tmp_path / "b", only=sleeper(0.001))
+    lines = (made.path / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [(item["batch_size"], item["repeat"]) for item in samples] == [
+        (size, repeat) for size in (1, 2) for repeat in range(3)
+    ]
+    assert all(len(item["step_s"]) == 4 for item in samples)
+    for record, runs in zip(
+        read(made)["variants"]["only"], (samples[:3], samples[3:]), strict=True
+    ):
+        times = 1e3 * np.array([item["step_s"] for item in runs])
+        rates = record["batch_size"] * 4e3 / times.sum(1)
+        assert record["ttft_ms"]["p50"] == pytest.approx(np.median(times[:, 0]))
+        assert record["itl_ms"]["p90"] == pytest.approx(np.percentile(times[:, 1:], 90))
+        assert record["output_tokens_per_s"] == pytest.approx(np.median(rates))
+        assert record["spread"] == pytest.approx(np.ptp(rates) / 2 / np.median(rates))
+
+
+def test_prompts_are_real_text_and_never_repeat(sleeper, settings, tmp_path):
+    benchmark(settings(), out=tmp_path / "b", only=sleeper(0.001))
+    rows = [
+        tuple(row)
+        for line in (tmp_path / "log").read_text().splitlines()
+        for row in json.loads(line.partition(" ")[2])
+    ]
+    assert len(rows) == len(set(rows)) == 4 * (1 + 2)
+    assert {len(row) for row in rows} == {8}
+
+
+def test_a_batch_that_does_not_fit_is_recorded_and_the_rest_is_measured(
+    sleeper, settings, tmp_path
+):
+    config = settings(batch_sizes=[1, 3, 2])
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    one, three, two = read(made)["variants"]["only"]
+    assert "no room for 3" in three["error"]
+    assert three["batch_size"] == 3
+    assert "itl_ms" not in three
+    assert one["repeats"] == two["repeats"] == 3
+
+
+def test_an_unsteady_record_says_so(sleeper, settings, tmp_path):
+    config = settings(spread_limit=1e-9)
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    assert [item["steady"] for item in read(made)["variants"]["only"]] == [False, False]
+    assert made.metrics["steady"] is False
+
+
+def test_one_output_token_has_no_time_between_tokens(sleeper, settings, tmp_path):
+    config = settings(output_tokens=1, batch_sizes=[1])
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    assert read(made)["variants"]["only"][0]["itl_ms"] is None
+
+
+def test_a_variant_whose_process_dies_is_named_and_nothing_is_left(sleeper, settings, tmp_path):
+    with pytest.raises(ModelError, match="variant bad: its process ended with code 7") as caught:
+        benchmark(settings(), out=tmp_path / "b", good=sleeper(0.001), bad=sleeper(-1.0))
+    assert len(str(caught.value).splitlines()) == 2
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_a_rehearsal_runs_once_and_is_steady(sleeper, settings, tmp_path):
+    config = settings(batch_sizes=[2, 4]).rehearsal()
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    (record,) = read(made)["variants"]["only"]
+    assert (record["batch_size"], record["repeats"], record["spread"]) == (2, 1, 0.0)
+    assert record["steady"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_in_transformers(teacher, settings, tmp_path):
+    config = settings(batch_sizes=[2], repeats=1, warmup=0, threads=1)
+    made = benchmark(config, out=tmp_path / "b", teacher=teacher)
+    (record,) = read(made)["variants"]["teacher"]
+    assert record["backend"] == "transformers"
+    assert record["itl_ms"]["p50"] > 0
+
+
+def test_too_little_text_is_said_before_any_model_is_loaded(sleeper, settings, tmp_path):
+    with pytest.raises(DataError, match="heldout"):
+        benchmark(settings(repeats=100000), out=tmp_path / "b", only=sleeper(0.001))
+    assert not (tmp_path / "log").exists()
+
+
+def test_no_variant_is_an_error(settings, tmp_path):
+    with pytest.raises(ConfigError, match="at least one variant"):
+        benchmark(settings(), out=tmp_path / "b")
+
+
+def test_a_variant_that_no_backend_runs_is_an_error(settings, tmp_path):
+    config = MadeConfig(lane={"kind": "trtllm-engine"}, note=0.0)
+    with writing(tmp_path / "e", kind="export", config=config, inputs={}):
+        pass
+    with pytest.raises(ArtifactError, match="no backend runs"):
+        benchmark(settings(), out=tmp_path / "b", only=Artifact.open(tmp_path / "e"))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1, -2]])
+def test_batch_sizes_must_be_positive_and_at_least_one(settings, sizes):
+    with pytest.raises(ConfigError, match="batch_sizes"):
+        settings(batch_sizes=sizes)

@@ -1,0 +1,123 @@
+"""The piecewise vocabulary part gives what plain autograd gives."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trt_kd.errors import ModelError
+from trt_kd.losses.jsd import JensenShannon
+from trt_kd.losses.kl import ForwardKL, ReverseKL
+from trt_kd.training import head as head_module
+from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.trainer import check_linear_head
+
+TOKENS, HIDDEN, VOCABULARY = 13, 8, 29
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "hidden": random(TOKENS, HIDDEN).requires_grad_(),
+        "weight": random(VOCABULARY, HIDDEN).requires_grad_(),
+        "bias": random(VOCABULARY).requires_grad_(),
+        "teacher": 2 * random(TOKENS, VOCABULARY),
+        "labels": torch.arange(TOKENS),
+    }
+
+
+def gradients(rows):
+    return [rows[name].grad.clone() for name in ("hidden", "weight", "bias")]
+
+
+def clear(rows):
+    for name in ("hidden", "weight", "bias"):
+        rows[name].grad = None
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(temperature=2.0), ReverseKL(), JensenShannon()])
+@pytest.mark.parametrize("terms", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
+@pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
+def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, sizes, monkeypatch):
+    (task_weight, response_weight), (group, piece) = terms, sizes
+    monkeypatch.setattr(head_module, "GROUP_BYTES", group * 8 * VOCABULARY)
+    monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
+    objective = Objective(loss, task_weight, response_weight)
+
+    total, task, response = head_loss(
+        objective,
+        rows["hidden"],
+        Head(rows["weight"], rows["bias"]),
+        rows["labels"],
+        teacher=lambda piece: rows["teacher"][piece],
+        dtype=torch.float64,
+    )
+    (total / 3).backward()
+    found = gradients(rows)
+    clear(rows)
+
+    logits = F.linear(rows["hidden"], rows["weight"], rows["bias"])
+    mask = torch.ones(TOKENS, dtype=torch.bool)
+    plain_task = F.cross_entropy(logits, rows["labels"], reduction="sum")
+    plain_response = loss(logits, rows["teacher"], mask)
+    plain = task_weight * plain_task + response_weight * plain_response
+    (plain / 3).backward()
+
+    torch.testing.assert_close(total, plain.detach())
+    torch.testing.assert_close(task, plain_task.detach() * bool(task_weight))
+    torch.testing.assert_close(response, plain_response.detach() * bool(response_weight))
+    torch.testing.assert_close(found, gradients(rows))
+
+
+def test_a_bf16_head_comes_close_to_a_float32_one(rows):
+    objective = Objective(ForwardKL(), 0.5, 0.5)
+    single = {
+        name: value.detach().float() if value.is_floating_point() else value
+        for name, value in rows.items()
+    }
+    values = [
+        head_loss(
+            objective,
+            single["hidden"].clone().requires_grad_(),
+            Head(single["weight"]),
+            single["labels"],
+            teacher=lambda piece: single["teacher"][piece],
+            dtype=dtype,
+        )[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert {value.dtype for value in values} == {torch.float32}
+    torch.testing.assert_close(*values, rtol=0.02, atol=0.0)
+
+
+def test_no_valid_token_gives_zero_loss_and_zero_gradient(rows):
+    total, _, _ = head_loss(
+        Objective(ForwardKL(), 1.0, 1.0),
+        rows["hidden"][:0],
+        Head(rows["weight"], rows["bias"]),
+        rows["labels"][:0],
+        teacher=lambda piece: rows["teacher"][piece],
+        dtype=torch.float64,
+    )
+    total.backward()
+    assert total.item() == 0.0
+    assert all(gradient.abs().sum() == 0.0 for gradient in gradients(rows))
+
+
+def test_a_model_that_does_something_to_its_logits_is_refused(make_model):
+    model = make_model()
+    check_linear_head(model, "student")
+    plain = model.forward
+
+    def capped(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    model.forward = capped
+    with pytest.raises(ModelError, match=r"student's logits .* linear head"):
+        check_linear_head(model, "student")

@@ -1,0 +1,20 @@
+"""Backends: runtimes that load one model, give its logits and decode with it.
+
+To add one: write a module here, add one line below.
+"""
+
+from typing import TYPE_CHECKING
+
+from trt_kd.registry import Registry
+
+if TYPE_CHECKING:
+    from trt_kd.backends.base import Backend
+
+BACKENDS: Registry["type[Backend]"] = Registry(
+    "backend",
+    {
+        "transformers": "trt_kd.backends.transformers:TransformersBackend",
+        "ort-genai": "trt_kd.backends.ort_genai:OrtGenai",
+        "hf-unified": "trt_kd.exporters.hf_unified_reader:HfUnifiedReader",
+    },
+)

@@ -1,0 +1,135 @@
+"""What every backend does: load a directory, tell logits, decode step by step.
+
+A backend knows nothing about clocks, percentiles or tables; see ``trt_kd.measuring``.
+
+Shape suffixes: B sequences of a batch, L positions of a sequence, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from pydantic import PositiveInt
+from typing_extensions import Self
+
+from trt_kd.artifacts import Artifact
+from trt_kd.backends import BACKENDS
+from trt_kd.config import Plugin
+from trt_kd.errors import ArtifactError
+from trt_kd.measuring.roofline import DecodeWork
+
+
+class Backend(Plugin, ABC):
+    """A runtime and its options."""
+
+    threads: PositiveInt | None = None
+    """CPU threads of the runtime; None leaves the choice to the runtime."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> "Session":
+        """Load the model in ``directory``; close the session to free its memory.
+
+        Raises:
+            MissingDependencyError: if the runtime is not installed.
+            ModelError: if the directory holds nothing this runtime can load.
+        """
+
+    def decode_work(self, directory: Path) -> DecodeWork | None:
+        """What one decoding step reads and computes on a CPU; None where that is not known."""
+        return None
+
+
+class Session(ABC):
+    """A loaded model. A context manager: leaving it closes it."""
+
+    vocab_size: int
+    """Columns of the logits."""
+
+    @abstractmethod
+    def logits(self, tokens_BL: np.ndarray) -> np.ndarray:
+        """Next-token logits after every position.
+
+        Shapes: tokens_BL ``[B, L]`` integer ids, no padding; returns ``[B, L, V]`` float32.
+        Nothing is kept between calls.
+        """
+
+    @abstractmethod
+    def steps(self, prompts: list[list[int]], new_tokens: int) -> Iterator[None]:
+        """Decode greedily; yield once per step of the whole batch, after the device finished it.
+
+        The first step includes prefill. Exactly ``new_tokens`` steps: end-of-text is ignored, so
+        that every backend does the same work. The prompts have one length.
+
+        Raises:
+            ValueError: if there is no prompt or their lengths differ.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model's memory; closing twice does no harm."""
+
+    def __enter__(self) -> Self:
+        """Return the session itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the session."""
+        self.close()
+
+
+def rectangle(prompts: list[list[int]]) -> np.ndarray:
+    """Return ``prompts`` as an ``[B, L]`` int64 array.
+
+    Raises:
+        ValueError: if there is no prompt, one is empty or their lengths differ.
+    """
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"prompts must have one length above 0, got {sorted(lengths)}")
+    return np.asarray(prompts, dtype=np.int64)
+
+
+def backend_for(artifact: Artifact) -> Backend:
+    """Backend that runs ``artifact``: stock checkpoints in transformers, exports in their lane.
+
+    Raises:
+        ArtifactError: if it is neither a checkpoint nor an export, or no backend runs its lane.
+    """
+    if artifact.manifest.kind == "checkpoint":
+        return BACKENDS.load("transformers").model_validate({"kind": "transformers"})
+    lane = lane_of(artifact).get("kind")
+    if lane not in BACKENDS.names() and ":" not in str(lane):
+        raise ArtifactError(
+            f"{artifact.path}: no backend runs the lane {lane!r}; "
+            f"available: {', '.join(BACKENDS.names())}",
+            hint="export to a lane that has a backend, or measure it with the runtime's own tools",
+        )
+    return BACKENDS.load(str(lane)).model_validate({"kind": lane})
+
+
+def lane_of(artifact: Artifact) -> Mapping[str, object]:
+    """Settings of the lane an export was made for.
+
+    Raises:
+        ArtifactError: if ``artifact`` is no export.
+    """
+    if artifact.manifest.kind != "export":
+        raise ArtifactError(
+            f"{artifact.path} is of kind {artifact.manifest.kind}, which no backend runs",
+            hint="give a checkpoint or an export",
+        )
+    lane = artifact.manifest.config.get("lane")
+    if isinstance(lane, str):
+        return {"kind": lane}
+    if not isinstance(lane, Mapping):
+        raise ArtifactError(
+            f"{artifact.path} does not say its lane", hint="run the export stage again"
+        )
+    return lane

@@ -1,0 +1,102 @@
+"""Hugging Face transformers: the reference every other backend is compared with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from trt_kd.architectures.shape import read_shape
+from trt_kd.artifacts.environment import environment
+from trt_kd.backends.base import Backend, Session, rectangle
+from trt_kd.measuring.roofline import DecodeWork
+from trt_kd.optional import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TransformersBackend(Backend):
+    """Stock transformers, eager: float32 on a CPU, bfloat16 on a GPU."""
+
+    kind: Literal["transformers"] = "transformers"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; ``auto`` takes the GPU if there is one."""
+
+    def load(self, directory: Path) -> "TransformersSession":
+        """See the base class."""
+        torch = require("torch", extra="compress")
+        require("transformers", extra="compress")
+        from trt_kd.checkpoints import load_model
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        model: Any = load_model(directory, dtype=dtype)
+        return TransformersSession(model.to(device))
+
+    def decode_work(self, directory: Path) -> DecodeWork | None:
+        """See the base class; None on a GPU."""
+        if self.device == "cuda" or (self.device == "auto" and environment()["gpu"]):
+            return None
+        shape = read_shape(directory)
+        picked = 0 if shape.tied else shape.vocab * shape.hidden
+        weights = shape.parameters - picked
+        return DecodeWork(
+            weight_bytes=4 * weights,
+            weights=weights,
+            kv_bytes_per_token=shape.kv_bytes_per_token(4),
+        )
+
+
+class TransformersSession(Session):
+    """A transformers model in memory, in evaluation mode, wherever it came from."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model: Any = model
+        self.vocab_size = int(model.config.vocab_size)
+
+    def logits(self, tokens_BL: np.ndarray) -> np.ndarray:
+        """See the base class."""
+        import torch
+
+        model = self._opened()
+        with torch.inference_mode():
+            ids = torch.as_tensor(tokens_BL, dtype=torch.long, device=model.device)
+            result: np.ndarray = model(ids, use_cache=False).logits.float().cpu().numpy()
+        return result
+
+    def steps(self, prompts: list[list[int]], new_tokens: int) -> Iterator[None]:
+        """See the base class."""
+        import torch
+
+        model = self._opened()
+        ids = torch.as_tensor(rectangle(prompts), device=model.device)
+        cache = None
+        for _ in range(new_tokens):
+            with torch.inference_mode():
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids = output.logits[:, -1].argmax(-1, keepdim=True)
+                cache = output.past_key_values
+                if ids.is_cuda:
+                    torch.cuda.synchronize(ids.device)
+            yield
+
+    def close(self) -> None:
+        """See the base class."""
+        import gc
+
+        import torch
+
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _opened(self) -> Any:
+        if self.model is None:
+            raise ValueError("the session is closed")
+        return self.model

@@ -1,0 +1,106 @@
+"""What every command shares: two-line errors, exit codes, quiet libraries, JSON output."""
+
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+
+from trt_kd.errors import TrtKdError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_CODES = """Exit codes: 0 done (gate: pass); 1 a defect, or gate: fail; 2 something to correct,
+said in two lines; 3 gate: undecided; 130 interrupted, run again to resume."""
+
+
+class Settings:
+    """Choices of the whole command line."""
+
+    debug = False
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a fixable error as two lines with exit code 2 instead of a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        prepare_logging()
+        try:
+            return command(*args, **kwargs)
+        except TrtKdError as error:
+            if Settings.debug:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def prepare_logging() -> None:
+    """Our own progress on standard error; other libraries' chatter only with ``--debug``."""
+    ours = logging.getLogger("trt_kd")
+    ours.setLevel(logging.DEBUG if Settings.debug else logging.INFO)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        ours.addHandler(handler)
+        ours.propagate = False
+    if not Settings.debug:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, for a program to read."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(rows: list[list[str]]) -> str:
+    """Align ``rows`` (the first is the heading) in columns: names left, numbers right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text[:1] in {"", "?", "<"}
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person would say them."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86400:,.0f} days"
+
+
+def size(count: float | None) -> str:
+    """Bytes as a person would say them."""
+    if count is None:
+        return "?"
+    if count < 1e6:
+        return "<1 MB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

@@ -1,0 +1,161 @@
+"""Every stage as its own command: artifacts in, one artifact out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trt_kd.cli.console import print_json
+from trt_kd.errors import ConfigError
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings, such as steps=20.", show_default=False),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="YAML file with the stage's settings.", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="Folder of the new artifact.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
+Source = Annotated[Path, typer.Option(help="Artifact to start from.", show_default=False)]
+Teacher = Annotated[Path, typer.Option(help="Checkpoint of the teacher.", show_default=False)]
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", help="ROLE=FOLDER, once for each artifact.", show_default=False),
+]
+
+
+def import_model(
+    settings: Settings = None, *, out: Out, config: Config = None, as_json: JsonOption = False
+) -> None:
+    """Import a model. Example: trt-kd import source=hf:Qwen/Qwen3-0.6B --out runs/qwen."""
+    _run("import", settings, config, out, as_json, {})
+
+
+def prune(
+    settings: Settings = None,
+    *,
+    source: Source,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune. Example: trt-kd prune --source t --out p 'axes=[{kind: ffn, size: 1024}]'."""
+    _run("prune", settings, config, out, as_json, {"source": source})
+
+
+def distill(
+    settings: Settings = None,
+    *,
+    student: Annotated[Path, typer.Option(help="Checkpoint to train.", show_default=False)],
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint of the teacher.")] = None,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Distill. Example: trt-kd distill --teacher t --student p --out s steps=60."""
+    inputs = {"student": student} | ({"teacher": teacher} if teacher else {})
+    _run("distill", settings, config, out, as_json, inputs)
+
+
+def quantize(
+    settings: Settings = None,
+    *,
+    source: Source,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize. Example: trt-kd quantize --source s --out q format=fp8."""
+    _run("quantize", settings, config, out, as_json, {"source": source})
+
+
+def export(
+    settings: Settings = None,
+    *,
+    source: Source,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export. Example: trt-kd export --source q --out e lane=hf-unified."""
+    _run("export", settings, config, out, as_json, {"source": source})
+
+
+def evaluate(
+    settings: Settings = None,
+    *,
+    model: Annotated[Path, typer.Option(help="Checkpoint or export.", show_default=False)],
+    teacher: Teacher,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate. Example: trt-kd evaluate --model e --teacher t --out v items=100."""
+    _run("evaluate", settings, config, out, as_json, {"model": model, "teacher": teacher})
+
+
+def benchmark(
+    inputs: Inputs,
+    settings: Settings = None,
+    *,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time artifacts against each other. Example: trt-kd benchmark --input a=e1 --input b=e2."""
+    _run("benchmark", settings, config, out, as_json, _roles(inputs))
+
+
+def report(
+    inputs: Inputs,
+    settings: Settings = None,
+    *,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
+    _run("report", settings, config, out, as_json, _roles(inputs))
+
+
+def _roles(inputs: list[str]) -> dict[str, Path]:
+    roles = {}
+    for text in inputs:
+        role, equals, folder = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--input {text!r} is not ROLE=FOLDER", hint="write role=folder")
+        roles[role] = Path(folder)
+    return roles
+
+
+def _run(
+    name: str,
+    settings: list[str] | None,
+    config: Path | None,
+    out: Path,
+    as_json: bool,
+    inputs: dict[str, Path],
+) -> None:
+    from trt_kd.artifacts import Artifact
+    from trt_kd.config import apply_overrides, read_yaml, validate
+    from trt_kd.pipeline.run import locked
+    from trt_kd.pipeline.stages import STAGES
+    from trt_kd.seeding import seed_everything
+
+    stage = STAGES[name]
+    given = apply_overrides(read_yaml(config) if config else {}, settings or [])
+    validated = validate(stage.config_class(), given, where=str(config or name))
+    artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
+    for artifact in artifacts.values():
+        artifact.verify()
+    seed_everything(getattr(validated, "seed", 0))
+    with locked(out.absolute().parent):
+        made = stage.run(validated, out=out, **artifacts)
+    if as_json:
+        print_json(made.manifest.model_dump(mode="json"))
+        return
+    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
+    for metric, value in made.metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"  {metric}: {value}")

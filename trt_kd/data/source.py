@@ -1,0 +1,79 @@
+"""What every data source is: settings that can name, fingerprint and read their documents."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from glob import glob
+from pathlib import Path
+
+from trt_kd.artifacts.manifest import sha256_of
+from trt_kd.config import Plugin
+from trt_kd.errors import DataError
+
+
+class DataSource(Plugin, ABC):
+    """A place that documents come from; it knows nothing about splits, tokens or models."""
+
+    @abstractmethod
+    def documents(self) -> list[str]:
+        """Every document, in an order that does not change from run to run.
+
+        Raises:
+            DataError: if the text is missing or cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identity of the text, found without torch and without reading more than is needed.
+
+        Raises:
+            DataError: if the text is missing.
+        """
+
+
+def matching_files(patterns: Iterable[str]) -> list[Path]:
+    """Files that ``patterns`` (paths or globs, ``**`` allowed) name, sorted, each once.
+
+    Raises:
+        DataError: naming the first pattern that matches no file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        paths = [path for path in map(Path, glob(pattern, recursive=True)) if path.is_file()]
+        if not paths:
+            raise DataError(
+                f"{pattern!r} names no file",
+                hint="paths are relative to the folder that the command runs in",
+            )
+        found.update(paths)
+    return sorted(found)
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """sha256 over the contents of ``paths`` in their order; names and times do not matter.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    try:
+        digests = [sha256_of(path) for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_utf8(path: Path) -> str:
+    """Text of ``path``, a byte order mark left out.
+
+    Raises:
+        DataError: if it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start:,}",
+            hint="convert it, for instance with iconv -t utf-8",
+        ) from error

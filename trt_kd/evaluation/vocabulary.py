@@ -1,0 +1,64 @@
+"""Do two models speak in the same tokens? Token-wise comparison makes no sense otherwise."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from trt_kd.errors import ModelError
+
+_RUN_TIME = ("padding", "truncation", "version")
+
+
+def tokenizer_identity(directory: Path) -> str:
+    """sha256 of what ``tokenizer.json`` means, however it was written.
+
+    Padding, truncation, the spelling of merges and a post-processor that adds nothing are left
+    out: programs that copy a tokenizer through their own version of the library rewrite them.
+
+    Raises:
+        ModelError: if there is no ``tokenizer.json`` or it is damaged.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        merges = content["model"].get("merges")
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", hint="a fast tokenizer is needed"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
+    if merges:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        content["model"]["merges"] = pairs
+    content["model"] = _without_empty(content["model"])
+    meaning = {key: value for key, value in content.items() if key not in _RUN_TIME}
+    if (meaning.get("post_processor") or {}).get("special_tokens") == {}:
+        del meaning["post_processor"]  # it adds nothing; transformers 5 writes it, 4 does not
+    canonical = json.dumps(_without_empty(meaning), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_same_tokenizer(model: Path, teacher: Path) -> None:
+    """Compare the tokenizers of two directories.
+
+    Raises:
+        ModelError: if they differ or one is missing.
+    """
+    if tokenizer_identity(model) != tokenizer_identity(teacher):
+        raise ModelError(
+            f"{model} and its teacher {teacher} have different tokenizers",
+            hint="compare models of one tokenizer: token probabilities of two do not correspond",
+        )
+
+
+def context_tokens(directory: Path, *, default: int = 2048) -> int:
+    """Longest context that ``config.json`` in ``directory`` allows."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or default)
+
+
+def _without_empty(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` without the defaults that one version writes and another leaves out."""
+    return {key: value for key, value in settings.items() if value not in (None, False, "")}

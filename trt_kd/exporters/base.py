@@ -1,0 +1,40 @@
+"""What every exporter does: check a shape, write a directory, say how far it may stray."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.artifacts import Artifact, Kind
+from trt_kd.artifacts.manifest import Metric
+from trt_kd.config import Plugin
+
+
+class Exporter(Plugin, ABC):
+    """A lane: an export format with the runtime that reads it."""
+
+    backend: ClassVar[str]
+    """Name of the backend that reads the export back."""
+
+    @abstractmethod
+    def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
+        """Problems with a source of this shape and kind, as text; needs no weights and no GPU."""
+
+    @abstractmethod
+    def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
+        """Write ``source`` in this lane's format into the existing directory ``out``.
+
+        Returns what is worth recording about the files written.
+
+        Raises:
+            MissingDependencyError: if a package this lane needs is not installed.
+            ModelError: if the source is damaged or the lane's own tool refuses it.
+        """
+
+    @abstractmethod
+    def problems(self, source: Artifact, out: Path) -> list[str]:
+        """What the written files themselves say against the export, before any model is run."""
+
+    @abstractmethod
+    def kl_limit_nats(self, source: Artifact) -> float:
+        """Largest mean KL per token that the export of ``source`` may have to it."""

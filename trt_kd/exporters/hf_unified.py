@@ -1,0 +1,86 @@
+"""The unified Hugging Face checkpoint that TensorRT-LLM, vLLM and SGLang load.
+
+Model Optimizer writes it; what it is known to get wrong is repaired here: rope in one spelling
+only, a tokenizer class that transformers 4.57 does not know, a changed generation configuration.
+So ``config.json`` is the source's plus the quantization block, and the tokenizer the source's
+byte for byte.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.artifacts import Artifact, Kind
+from trt_kd.artifacts.manifest import Metric
+from trt_kd.checkpoints import copy_tokenizer, make_portable
+from trt_kd.errors import ModelError
+from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.hf_unified_files import read_json, read_quantization
+
+
+class HfUnified(Exporter):
+    """A Hugging Face directory with low-bit weights and scales, or a plain copy of a checkpoint."""
+
+    kind: Literal["hf-unified"] = "hf-unified"
+    backend: ClassVar[str] = "hf-unified"
+
+    def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
+        """See the base class."""
+        if source_kind not in ("checkpoint", "quantized"):
+            return [f"hf-unified takes a checkpoint or a quantized model, not a {source_kind}"]
+        return []
+
+    def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
+        """See the base class."""
+        if source.manifest.kind == "checkpoint":
+            for name in source.manifest.files:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.path / name, out / name)
+        else:
+            _export_quantized(source.path, out)
+        make_portable(out)
+        quantization = read_quantization(out)
+        return {"quant_algo": quantization.algorithm if quantization else None}
+
+    def problems(self, source: Artifact, out: Path) -> list[str]:
+        """See the base class: configuration, tensors and dequantized weights against the source."""
+        from trt_kd.exporters.hf_unified_check import problems
+
+        limit = None
+        if source.manifest.kind == "quantized":
+            from trt_kd.quantization.storage import format_of
+
+            limit = format_of(source).weight_error_limit
+        return problems(source.path, out, weight_error_limit=limit)
+
+    def kl_limit_nats(self, source: Artifact) -> float:
+        """See the base class: a copy may not stray, a quantized model as far as its format says."""
+        if source.manifest.kind == "checkpoint":
+            return 1e-6
+        from trt_kd.quantization.storage import format_of
+
+        return format_of(source).export_kl_limit_nats
+
+
+def _export_quantized(source: Path, out: Path) -> None:
+    from trt_kd.optional import require
+    from trt_kd.quantization.calibration import quiet_modelopt
+    from trt_kd.quantization.storage import load_quantized
+
+    export = require("modelopt.torch.export", extra="compress")
+    model = load_quantized(source)
+    try:
+        with quiet_modelopt():
+            export.export_hf_checkpoint(model, export_dir=out)
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"Model Optimizer cannot export {source}: {reason}") from error
+    config = read_json(source / "config.json")
+    config["quantization_config"] = read_json(out / "config.json").get("quantization_config")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
+    copy_tokenizer(source, out)

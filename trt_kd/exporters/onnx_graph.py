@@ -1,0 +1,83 @@
+"""What an exported ONNX graph really holds, read from the graph and not from its options."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_kd.optional import require
+
+_BLOCK_QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+_WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Gather": 0}
+_NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+def weights_by_bits(path: Path) -> dict[int, int]:
+    """Count of matrix and embedding weights by the bits each is stored in.
+
+    A tensor that several nodes read, such as a tied head, counts once. External data is not read.
+    """
+    counts: Counter[int] = Counter()
+    for bits, count in _matrices(_graph(path)).values():
+        counts[bits] += count
+    return dict(counts)
+
+
+def norm_epsilons(path: Path) -> set[float]:
+    """Every epsilon of the graph's RMS norms."""
+    nodes = (node for node in _graph(path).node if node.op_type in _NORMS)
+    return {a.f for node in nodes for a in node.attribute if a.name == "epsilon"}
+
+
+def rope_cosines(path: Path, positions: Sequence[int]) -> "np.ndarray | None":
+    """Rows of the graph's cosine table, ``[positions, rotated width / 2]``.
+
+    None if the graph rotates without such a table.
+    """
+    onnx = require("onnx", extra="onnx")
+    for tensor in _graph(path).initializer:
+        if tensor.name == "cos_cache":
+            table = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
+            return np.asarray(table[list(positions)], dtype=np.float64)
+    return None
+
+
+def _graph(path: Path) -> Any:
+    onnx = require("onnx", extra="onnx")
+    return onnx.load(str(path), load_external_data=False).graph
+
+
+def _matrices(graph: Any) -> dict[str, tuple[int, int]]:
+    """Bits and count of every weight tensor that a product or a look-up reads, by name."""
+    onnx = require("onnx", extra="onnx")
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    origin = {out: node.input[0] for node in graph.node for out in node.output if node.input}
+    found: dict[str, tuple[int, int]] = {}
+    for node, name in _weights(graph):
+        while name not in stored and name in origin:
+            name = origin[name]  # through reshapes and casts of a shared table
+        if name not in stored or len(stored[name].dims) < 2:
+            continue
+        tensor = stored[name]
+        item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        bits, count = 8 * item, prod(tensor.dims)
+        attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type in _BLOCK_QUANTIZED:
+            packed = bits // attributes["bits"]
+            bits = attributes["bits"]
+            count *= max(packed, 1)
+            if "K" in attributes:
+                count = attributes["K"] * attributes["N"]
+        found.setdefault(name, (bits, count))
+    return found
+
+
+def _weights(graph: Any) -> Iterator[tuple[Any, str]]:
+    for node in graph.node:
+        if node.op_type in _BLOCK_QUANTIZED:
+            yield node, node.input[1 if node.op_type == "MatMulNBits" else 0]
+        elif node.op_type in _WEIGHT_INPUT:
+            yield node, node.input[_WEIGHT_INPUT[node.op_type]]

@@ -1,0 +1,210 @@
+"""ONNX Runtime GenAI: its own model builder, run apart, and its output put right.
+
+The builder adds the tokenizer's end-of-turn token to the end-of-text tokens and rewrites the
+tokenizer; both are restored from the source.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import model_validator
+from typing_extensions import Self
+
+from trt_kd.architectures.shape import ModelShape, read_shape
+from trt_kd.artifacts import Artifact, Kind
+from trt_kd.artifacts.manifest import Metric
+from trt_kd.checkpoints import copy_tokenizer, portable_config
+from trt_kd.errors import ModelError
+from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.hf_unified_files import read_json
+from trt_kd.optional import require
+
+log = logging.getLogger(__name__)
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose export by the builder is checked here."""
+
+Algorithm = Literal["k_quant_mixed", "k_quant", "rtn", "default"]
+_POSITIONS = (1, 7, 63)
+
+
+class OrtGenai(Exporter):
+    """ONNX Runtime GenAI on a CPU: float32 weights, or 8 and 4 bits in blocks of 32.
+
+    On SmolLM2-135M the logits move by 2e-12 nats (fp32), 0.01 (int8) and 0.1 (int4).
+    """
+
+    kind: Literal["ort-genai"] = "ort-genai"
+    backend: ClassVar[str] = "ort-genai"
+
+    precision: Literal["fp32", "int8", "int4"] = "int4"
+    """How matrix weights are stored; activations stay in float32."""
+    int4_algorithm: Algorithm = "k_quant_mixed"
+    """How 4-bit weights are chosen; ``k_quant_mixed`` keeps the sensitive ones in 8 bits."""
+
+    @model_validator(mode="after")
+    def _no_idle_option(self) -> Self:
+        if self.precision != "int4" and self.int4_algorithm != "k_quant_mixed":
+            raise ValueError(f"int4_algorithm has no effect on precision {self.precision}")
+        return self
+
+    def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
+        """See the base class."""
+        problems = []
+        if source_kind != "checkpoint":
+            problems.append(
+                f"ort-genai takes a plain checkpoint, not a {source_kind}: its builder quantizes "
+                "by itself, and reads Model Optimizer's formats for CUDA only; drop the "
+                "quantization or export to hf-unified"
+            )
+        if shape.model_type not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            problems.append(
+                f"ort-genai is not known to export {shape.model_type!r}; known: {known}"
+            )
+        if shape.head_dim % 8:
+            problems.append(f"ort-genai needs a head_dim that 8 divides, not {shape.head_dim}")
+        return problems
+
+    def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
+        """See the base class."""
+        for module in ("onnxruntime_genai", "onnx_ir", "onnx"):
+            require(module, extra="onnx")
+        scratch = out / "scratch"
+        scratch.mkdir()
+        _run(self._arguments(source.path.resolve(), out.resolve(), scratch.resolve()), scratch)
+        shutil.rmtree(scratch)
+        copy_tokenizer(source.path, out)
+        _restore_end_of_text(source.path, out)
+        shares = self._shares(out)
+        return {
+            "realised_low_bit_share": sum(shares[bits] for bits in shares if bits <= 8),
+            "weight_share_by_bits": {str(bits): shares[bits] for bits in sorted(shares)},
+        }
+
+    def problems(self, source: Artifact, out: Path) -> list[str]:
+        """See the base class: settings, sizes, norms, rotation and the bits really used."""
+        config = portable_config(read_json(source.path / "config.json"))
+        written = read_json(out / "genai_config.json").get("model", {})
+        found = _setting_problems(config, read_shape(source.path), written, source.path)
+        return found + _graph_problems(config, out) + self._bit_problems(out)
+
+    def kl_limit_nats(self, source: Artifact) -> float:
+        """See the base class."""
+        return {"fp32": 1e-5, "int8": 0.05, "int4": 0.5}[self.precision]
+
+    def _arguments(self, source: Path, out: Path, scratch: Path) -> list[str]:
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        places = ["-i", str(source), "-o", str(out), "-c", str(scratch)]
+        options = ["hf_token=false"]
+        if self.precision == "int4":
+            options.append(f"algo_config={self.int4_algorithm}")
+        return [*builder, *places, "-p", self.precision, "-e", "cpu", "--extra_options", *options]
+
+    def _shares(self, out: Path) -> dict[int, float]:
+        from trt_kd.exporters.onnx_graph import weights_by_bits
+
+        counts = weights_by_bits(out / "model.onnx")
+        total = sum(counts.values())
+        return {bits: count / total for bits, count in counts.items()}
+
+    def _bit_problems(self, out: Path) -> list[str]:
+        """Compare the bits asked for with the bits found: the builder ignores unknown options."""
+        shares = self._shares(out)
+        low = sum(share for bits, share in shares.items() if bits <= 8)
+        told = ", ".join(f"{share:.0%} in {bits} bits" for bits, share in sorted(shares.items()))
+        good = {
+            "fp32": shares == {32: 1.0},
+            "int8": low >= 0.5 and 4 not in shares,
+            "int4": low >= 0.5 and shares.get(4, 0.0) > 0,
+        }[self.precision]
+        return [] if good else [f"asked for {self.precision}, but weights are stored {told}"]
+
+
+def _run(arguments: list[str], scratch: Path) -> None:
+    """Run the builder in ``scratch``, offline; its output goes to the log."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(
+        arguments, cwd=scratch, env=environment, capture_output=True, text=True, check=False
+    )
+    for line in done.stdout.splitlines():
+        log.debug("builder: %s", line)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ModelError(
+            f"the builder of ONNX Runtime GenAI failed with code {done.returncode}: {lines[-1]}",
+            hint="run with more memory or disk, or choose another precision",
+        )
+
+
+def end_of_text(directory: Path) -> int | list[int] | None:
+    """End-of-text tokens of a checkpoint: its generation configuration, else its own."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            found = read_json(directory / name).get("eos_token_id")
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    return None
+
+
+def _restore_end_of_text(source: Path, out: Path) -> None:
+    path = out / "genai_config.json"
+    settings = read_json(path)
+    end = end_of_text(source)
+    if end is not None:
+        settings["model"]["eos_token_id"] = end
+    path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+
+
+def _setting_problems(
+    config: dict[str, Any], shape: ModelShape, written: dict[str, Any], source: Path
+) -> list[str]:
+    decoder = written.get("decoder", {})
+    pairs = {
+        "eos_token_id": (written.get("eos_token_id"), end_of_text(source)),
+        "vocab_size": (written.get("vocab_size"), shape.vocab),
+        "context_length": (
+            written.get("context_length"),
+            config.get("max_position_embeddings", written.get("context_length")),
+        ),
+        "head_size": (decoder.get("head_size"), shape.head_dim),
+        "hidden_size": (decoder.get("hidden_size"), shape.hidden),
+        "num_attention_heads": (decoder.get("num_attention_heads"), shape.heads),
+        "num_key_value_heads": (decoder.get("num_key_value_heads"), shape.kv_heads),
+        "num_hidden_layers": (decoder.get("num_hidden_layers"), shape.layers),
+    }
+    return [
+        f"genai_config.json: {name} is {found}, source {expected}"
+        for name, (found, expected) in pairs.items()
+        if found != expected
+    ]
+
+
+def _graph_problems(config: dict[str, Any], out: Path) -> list[str]:
+    """Check the norms' epsilon, and the rotation where its table follows from rope_theta."""
+    from trt_kd.exporters.onnx_graph import norm_epsilons, rope_cosines
+
+    found = []
+    expected = config.get("rms_norm_eps")
+    epsilons = norm_epsilons(out / "model.onnx")
+    if expected is not None and not all(np.isclose(e, expected, rtol=1e-5) for e in epsilons):
+        found.append(f"model.onnx: norms have epsilon {sorted(epsilons)}, source {expected}")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        return found
+    positions = [p for p in _POSITIONS if p < int(config["max_position_embeddings"])]
+    cosines = rope_cosines(out / "model.onnx", positions)
+    if cosines is None:
+        return found
+    half = cosines.shape[1]
+    frequencies = float(rope["rope_theta"]) ** (-np.arange(half) / half)
+    if not np.allclose(cosines, np.cos(np.outer(positions, frequencies)), atol=1e-4):
+        found.append(f"model.onnx: the rotation is not that of rope_theta {rope['rope_theta']}")
+    return found

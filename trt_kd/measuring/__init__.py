@@ -1,0 +1,1 @@
+"""Measuring: the one clock, statistics of repeats, the roofline, the state of the machine."""

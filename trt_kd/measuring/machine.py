@@ -1,0 +1,36 @@
+"""The state of the machine while something is measured."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Runnable processes averaged over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process since it started.
+
+    Linux hands the largest size known to ``getrusage`` down through fork and exec, so a child
+    would report its parent's; the high-water mark of the address space is its own.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

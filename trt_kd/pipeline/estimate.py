@@ -1,0 +1,153 @@
+"""What a step will cost, from closed forms: FLOPs, bytes and this machine's measured matrix rate.
+
+The constants are shares of that rate seen in practice on CPUs (see docs/estimates.md); a plan is
+right within a factor of about two, which tells an evening from a month.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.pipeline.flow import Step
+
+FORWARD_SHARE = 0.55
+"""Share of the float32 matrix rate that a forward pass reaches."""
+TRAINING_SHARE = 1.2
+"""The same of a bfloat16 training step, whose matrix products are faster than float32 ones."""
+BASE_MEMORY_BYTES = 700_000_000
+"""A Python process with torch loaded."""
+START_S = 4.0
+"""Loading libraries and a model."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of both models; None where they cannot be told before import."""
+
+    teacher: ModelShape | None
+    student: ModelShape | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of one step on this machine; None where the model's sizes are not known yet."""
+
+    time_s: float | None
+    memory_bytes: float | None
+    disk_bytes: float | None
+
+
+def estimate(step: Step, shapes: Shapes) -> Estimate:
+    """Estimate ``step``; see the module for what is behind the numbers."""
+    if shapes.teacher is None or shapes.student is None:
+        return Estimate(None, None, None)
+    reads = set(step.inputs.values()) | {step.name}
+    student = any(name.startswith(("student", "pruned", "cross_entropy")) for name in reads)
+    model = shapes.student if student else shapes.teacher
+    time_s, memory, disk = _COSTS[step.stage](step.config, model, shapes.teacher)
+    return Estimate(START_S + time_s, BASE_MEMORY_BYTES + memory, disk)
+
+
+def forward_s(model: ModelShape, tokens: float) -> float:
+    """Seconds of a float32 forward pass over ``tokens`` on this machine."""
+    return tokens * model.forward_flops_per_token() / (FORWARD_SHARE * matrix_flops_per_s())
+
+
+@cache
+def matrix_flops_per_s() -> float:
+    """Float32 matrix rate of this machine, measured in a few hundredths of a second."""
+    import numpy as np
+
+    size = 768
+    left = np.ones((size, size), dtype=np.float32)
+    right = np.ones((size, size), dtype=np.float32)
+    best = float("inf")
+    for _ in range(4):
+        start = perf_counter()
+        np.matmul(left, right)
+        best = min(best, perf_counter() - start)
+    return float(2 * size**3 / best)
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space at the nearest existing parent of ``path``."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+Cost = tuple[float, float, float]
+
+
+def _import(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    size = model.parameters
+    return size / 2e7, 4.0 * size, 2.0 * size
+
+
+def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    seconds = forward_s(teacher, config.calibration_tokens)
+    gram = 4.0 * teacher.layers * teacher.ffn**2 if config.reconstruct else 0.0
+    seconds += 2 * config.calibration_tokens * gram / 4 / matrix_flops_per_s()
+    return seconds, 4.0 * teacher.parameters + gram, 2.0 * model.parameters
+
+
+def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    tokens = config.tokens
+    flops = 3 * model.forward_flops_per_token()
+    if config.response_weight:
+        flops += teacher.forward_flops_per_token()
+    seconds = tokens * flops / (TRAINING_SHARE * matrix_flops_per_s())
+    logits = 4.0 * config.batch_size * config.data.block_tokens * model.vocab * 2
+    memory = 16.0 * model.parameters + 4.0 * teacher.parameters + logits
+    return seconds, memory, 2.0 * model.parameters + 12.0 * model.parameters
+
+
+def _quantize(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    return (
+        forward_s(model, 2 * config.calibration_tokens),
+        6.0 * model.parameters,
+        (2.0 * model.parameters),
+    )
+
+
+def _export(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    tokens = 2 * config.verify_blocks * config.data.block_tokens
+    seconds = 8.0 + forward_s(model, tokens)
+    return seconds, 10.0 * model.parameters, 4.0 * model.parameters
+
+
+def _evaluate(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    tokens = 2 * config.blocks * config.data.block_tokens + config.items * len(config.tasks) * 200
+    return forward_s(model, tokens), 4.0 * (model.parameters + teacher.parameters), 1e5
+
+
+def _benchmark(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    rounds = config.warmup + config.repeats
+    seconds = 0.0
+    for batch in config.batch_sizes:
+        prefill = forward_s(model, batch * config.input_tokens)
+        decode = config.output_tokens * max(forward_s(model, batch), 4.0 * model.parameters / 1e10)
+        seconds += 4 * rounds * (prefill + decode)
+    return seconds, 12.0 * teacher.parameters, 1e6
+
+
+def _report(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    return 2.0, 0.0, 1e6
+
+
+_COSTS: dict[str, Callable[[Any, ModelShape, ModelShape], Cost]] = {
+    "import": _import,
+    "prune": _prune,
+    "distill": _distill,
+    "quantize": _quantize,
+    "export": _export,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+    "report": _report,
+}

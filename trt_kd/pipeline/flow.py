@@ -1,0 +1,119 @@
+"""The flow: which steps a recipe asks for, in order, with their inputs.
+
+Six roles stand in every report: the teacher, the teacher quantized (the first thing a sceptic
+asks for), the pruned model untrained, the same trained on plain cross-entropy, the distilled
+student, and the student quantized.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from trt_kd.config import StageConfig
+from trt_kd.pipeline.recipe import ExportSpec, Recipe
+from trt_kd.stages.export import ExportConfig
+from trt_kd.stages.report import ReportConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its settings, the steps it reads from and the name of its folder."""
+
+    name: str
+    config: StageConfig
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.config.stage
+
+
+def steps(recipe: Recipe) -> list[Step]:
+    """Every step of ``recipe``, each after the steps it reads from."""
+    made = list(_training(recipe))
+    made += _exports(recipe, "teacher")
+    made += _exports(recipe, "student")
+    for name, spec in recipe.export.also.items():
+        made += _export(recipe, spec, "student", name)
+    made += _evaluations(recipe)
+    if recipe.benchmark is not None:
+        made.append(Step("benchmark", recipe.benchmark, _corners(recipe)))
+    made.append(_report(recipe, made))
+    return made
+
+
+def _training(recipe: Recipe) -> Iterator[Step]:
+    yield Step("teacher", recipe.import_)
+    yield Step("pruned", recipe.prune, {"source": "teacher"})
+    yield Step("student", recipe.distill, {"teacher": "teacher", "student": "pruned"})
+    if recipe.cross_entropy_control:
+        yield Step("cross_entropy", recipe.distill.cross_entropy(), {"student": "pruned"})
+
+
+def _exports(recipe: Recipe, role: str) -> Iterator[Step]:
+    if recipe.export.baseline is not None:
+        yield from _export(recipe, recipe.export.baseline, role, "baseline")
+    yield from _export(recipe, recipe.export.deploy, role, "deploy")
+
+
+def _export(recipe: Recipe, spec: ExportSpec, role: str, name: str) -> Iterator[Step]:
+    source = role
+    if spec.quantize is not None:
+        source = f"{role}-{name}-quantized"
+        yield Step(source, spec.quantize, {"source": role})
+    config = ExportConfig(
+        lane=spec.lane, data=recipe.data, verify_blocks=spec.verify_blocks, seed=recipe.seed
+    )
+    yield Step(f"{role}-{name}", config, {"source": source})
+
+
+def _evaluations(recipe: Recipe) -> Iterator[Step]:
+    for role, step in _measured(recipe).items():
+        inputs = {"model": step, "teacher": "teacher"}
+        yield Step(f"evaluate-{role}", recipe.evaluate, inputs)
+
+
+def _measured(recipe: Recipe) -> dict[str, str]:
+    """The step whose artifact stands for each role's quality."""
+    measured = {
+        "teacher": "teacher",
+        "teacher_quantized": "teacher-deploy",
+        "pruned": "pruned",
+        "cross_entropy": "cross_entropy",
+        "student": "student",
+        "student_quantized": "student-deploy",
+    }
+    if not recipe.cross_entropy_control:
+        del measured["cross_entropy"]
+    return measured
+
+
+def _corners(recipe: Recipe) -> dict[str, str]:
+    """The four corners: base and pruned, unquantized and quantized."""
+    suffix = "-baseline" if recipe.export.baseline is not None else ""
+    return {
+        "teacher": f"teacher{suffix}",
+        "teacher_quantized": "teacher-deploy",
+        "student": f"student{suffix}",
+        "student_quantized": "student-deploy",
+    }
+
+
+def _report(recipe: Recipe, made: list[Step]) -> Step:
+    inputs: dict[str, str] = {}
+    corners = _corners(recipe)
+    for role in _measured(recipe):
+        inputs[f"{role}.model"] = role.removesuffix("_quantized")
+        inputs[f"{role}.evaluation"] = f"evaluate-{role}"
+        if role in corners and corners[role] != role:
+            inputs[f"{role}.shipped"] = corners[role]
+    for name in recipe.export.also:
+        inputs[f"export.student-{name}"] = f"student-{name}"
+    if any(step.name == "benchmark" for step in made):
+        inputs["benchmark"] = "benchmark"
+    config = ReportConfig(
+        title=recipe.title or recipe.name,
+        gates=recipe.gates,
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+    )
+    return Step("report", config, inputs)

@@ -1,0 +1,125 @@
+"""The plan: every step with its key, whether it is done, what it will cost and what forbids it.
+
+Nothing here loads a model: what can be refused from settings and ``config.json`` is refused now.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trt_kd.architectures import architecture_of
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.artifacts import MANIFEST, Artifact, work_directory, work_key
+from trt_kd.errors import ArtifactError, ConfigError, ModelError
+from trt_kd.pipeline.estimate import Estimate, Shapes, estimate
+from trt_kd.pipeline.flow import Step, steps
+from trt_kd.pipeline.recipe import ExportSpec, Recipe
+from trt_kd.pruning.sizes import planned_shape
+
+State = Literal["done", "to do", "to resume", "to restore"]
+SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step, its identity, its state on disk and its estimated cost."""
+
+    step: Step
+    key: str
+    state: State
+    out: Path
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``run`` would do."""
+
+    root: Path
+    steps: list[PlannedStep]
+    shapes: Shapes
+
+    @property
+    def to_do(self) -> list[PlannedStep]:
+        """The steps that are not done."""
+        return [planned for planned in self.steps if planned.state != "done"]
+
+
+def make_plan(recipe: Recipe, root: Path) -> Plan:
+    """Plan ``recipe`` with its artifacts below ``root``.
+
+    Raises:
+        ConfigError, ModelError: if a step could not succeed, whatever is computed before it.
+    """
+    shapes = planned_shapes(recipe, root)
+    if shapes.teacher is not None:
+        check(recipe, shapes)
+    keys: dict[str, str] = {}
+    planned = []
+    for step in steps(recipe):
+        inputs = {role: keys[name] for role, name in step.inputs.items()}
+        keys[step.name] = work_key(step.config, inputs)
+        out = root / step.name
+        state = _state(out, keys[step.name])
+        cost = estimate(step, shapes)
+        planned.append(PlannedStep(step, keys[step.name], state, out, cost))
+    return Plan(root, planned, shapes)
+
+
+def planned_shapes(recipe: Recipe, root: Path) -> Shapes:
+    """Sizes of teacher and student, as far as they can be told now."""
+    teacher = recipe.import_.known_shape()
+    if teacher is None:
+        return Shapes(None, None)
+    architecture_of(teacher.model_type)
+    student = planned_shape(recipe.prune.axes, recipe.prune.parameters_share, teacher)
+    return Shapes(teacher, student)
+
+
+def check(recipe: Recipe, shapes: Shapes) -> None:
+    """Ask every exporter and format whether it can take these sizes.
+
+    Raises:
+        ModelError: naming every problem at once.
+    """
+    teacher, student = shapes.teacher, shapes.student
+    if teacher is None or student is None:
+        raise ConfigError("the model's sizes are not known", hint="give import.expect")
+    problems: list[str] = []
+    section = recipe.export
+    for role, shape in (("teacher", teacher), ("student", student)):
+        problems += _problems(f"export.deploy ({role})", section.deploy, shape)
+        if section.baseline is not None:
+            problems += _problems(f"export.baseline ({role})", section.baseline, shape)
+    for name, spec in section.also.items():
+        problems += _problems(f"export.also.{name}", spec, student)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ModelError(f"{len(problems)} export(s) cannot be made:{lines}")
+
+
+def _problems(where: str, spec: ExportSpec, shape: ModelShape) -> list[str]:
+    found: Sequence[str] = ()
+    if spec.quantize is not None:
+        found = spec.quantize.format.check(shape)
+    kind = "quantized" if spec.quantize is not None else "checkpoint"
+    return [f"{where}: {text}" for text in (*found, *spec.lane.check(shape, kind))]
+
+
+def _state(out: Path, key: str) -> State:
+    if (out / MANIFEST).is_file():
+        try:
+            done = Artifact.open(out).key == key
+        except ArtifactError:
+            done = False
+        if done:
+            return "done"
+    if (superseded(out, key) / MANIFEST).is_file():
+        return "to restore"
+    return "to resume" if work_directory(out).is_dir() else "to do"
+
+
+def superseded(out: Path, key: str) -> Path:
+    """Where an artifact goes that another recipe's takes the place of."""
+    return out.parent / SUPERSEDED / f"{out.name}-{key[:12]}"

@@ -1,0 +1,144 @@
+"""The recipe: one strict YAML file that says everything a run does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from typing_extensions import Self
+
+from trt_kd.config import StrictModel, apply_overrides, plugin_field, read_yaml, validate
+from trt_kd.data.base import DataConfig
+from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.base import Exporter
+from trt_kd.reporting.gates import Gate
+from trt_kd.stages.benchmark import BenchmarkConfig
+from trt_kd.stages.distill import DistillConfig
+from trt_kd.stages.evaluate import EvaluateConfig
+from trt_kd.stages.import_model import ImportConfig
+from trt_kd.stages.prune import PruneConfig
+from trt_kd.stages.quantize import QuantizeConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class ExportSpec(StrictModel):
+    """One way out: an export lane, with a quantization before it where the lane needs one."""
+
+    lane: plugin_field(EXPORTERS, Exporter)  # type: ignore[valid-type]
+    """The exporter and its options."""
+    quantize: QuantizeConfig | None = None
+    """Quantize with Model Optimizer first; null where the lane quantizes by itself or not."""
+    verify_blocks: int = Field(default=4, ge=1)
+    """Held-out blocks on which the export's logits are compared with its source's."""
+
+
+class ExportSection(StrictModel):
+    """What is written for which runtime."""
+
+    deploy: ExportSpec
+    """What ships: the teacher and the student both go through it."""
+    baseline: ExportSpec | None = None
+    """The unquantized lane to compare with; null measures the checkpoints themselves."""
+    also: dict[str, ExportSpec] = {}
+    """Further exports of the student, by name."""
+
+
+class Recipe(StrictModel):
+    """Import, prune, distill, export, evaluate, benchmark, report: one section each."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    schema_version: Literal[1] = 1
+    """Version of this layout."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run below the output folder."""
+    title: str = ""
+    """Heading of the report; the name where empty."""
+    seed: NonNegativeInt = 0
+    """Seed of every section that does not set its own."""
+    data: DataConfig = DataConfig()
+    """Text of every section that does not set its own."""
+    import_: ImportConfig = Field(alias="import")
+    """The teacher."""
+    prune: PruneConfig
+    """What to cut."""
+    distill: DistillConfig
+    """How to recover."""
+    cross_entropy_control: bool = True
+    """Also train the pruned model on plain cross-entropy with the same tokens."""
+    export: ExportSection
+    """What is written for which runtime."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How quality is measured."""
+    benchmark: BenchmarkConfig | None = None
+    """How speed is measured; null where the lane's runtime is not on this machine."""
+    gates: list[Gate] = []
+    """Limits that decide release."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        taken = sorted({"baseline", "deploy", "quantized"} & set(self.export.also))
+        if taken:
+            raise ValueError(f"export.also: the name {taken[0]!r} is taken; choose another")
+        return self
+
+    def resolved(self) -> "Recipe":
+        """Give ``data`` and ``seed`` to every section that does not set its own."""
+        shared = {"data": self.data, "seed": self.seed}
+        return _inherit(self, shared)
+
+    def rehearsal(self) -> "Recipe":
+        """The same recipe with the least work that passes through every line."""
+        return _rehearsed(self)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate and resolve the recipe at ``path``.
+
+    Raises:
+        ConfigError: naming every problem by its dotted path.
+    """
+    settings = apply_overrides(read_yaml(path), list(overrides))
+    return validate(Recipe, settings, where=str(path)).resolved()
+
+
+def _inherit(section: M, shared: dict[str, Any]) -> M:
+    """Copy ``section`` with the shared values in every stage's settings that left them out."""
+    update: dict[str, Any] = {}
+    top = isinstance(section, Recipe)
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name in shared and not top and name not in section.model_fields_set:
+            update[name] = shared[name]
+        elif _has_sections(value):
+            update[name] = _inherit(value, shared)
+        elif isinstance(value, dict):
+            update[name] = {
+                key: _inherit(item, shared) if _has_sections(item) else item
+                for key, item in value.items()
+            }
+    return section.model_copy(update=update)
+
+
+def _has_sections(value: object) -> bool:
+    return isinstance(value, StrictModel) and not isinstance(value, DataConfig)
+
+
+def _rehearsed(section: M) -> M:
+    """Copy ``section`` with every stage's settings, however deep, replaced by its rehearsal."""
+    update: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, dict):
+            update[name] = {
+                key: _rehearsed(item) if isinstance(item, StrictModel) else item
+                for key, item in value.items()
+            }
+        elif hasattr(value, "rehearsal"):
+            update[name] = value.rehearsal()
+        elif isinstance(value, ExportSection | ExportSpec):
+            update[name] = _rehearsed(value)
+    if "verify_blocks" in type(section).model_fields:
+        update["verify_blocks"] = 1
+    return section.model_copy(update=update)

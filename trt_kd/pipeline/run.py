@@ -1,0 +1,132 @@
+"""Do what a plan says: skip what is done, resume what was cut off, lose nothing."""
+
+import gc
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+from trt_kd.artifacts import MANIFEST, Artifact
+from trt_kd.errors import ArtifactError, TrtKdError
+from trt_kd.pipeline.estimate import free_bytes
+from trt_kd.pipeline.plan import Plan, PlannedStep, make_plan, superseded
+from trt_kd.pipeline.recipe import Recipe
+from trt_kd.pipeline.stages import STAGES
+from trt_kd.seeding import seed_everything
+
+log = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
+    """Bring every step of ``recipe`` below ``root`` to "done"; return the artifacts by step."""
+    plan = make_plan(recipe, root)
+    check_disk(plan)
+    done: dict[str, Artifact] = {}
+    verified: set[str] = set()
+    with locked(root):
+        for number, planned in enumerate(plan.steps, start=1):
+            where = f"[{number}/{len(plan.steps)}] {planned.step.name}"
+            done[planned.step.name] = _bring(planned, done, verified, where=where)
+    return done
+
+
+def rehearse(recipe: Recipe, root: Path) -> dict[str, Artifact]:
+    """Run every stage of ``recipe`` for real on a two-layer twin, in ``root``, from nothing.
+
+    What is written is removed when the rehearsal passes and kept when it fails.
+    """
+    shutil.rmtree(root, ignore_errors=True)
+    artifacts = run(recipe.rehearsal(), root)
+    shutil.rmtree(root)
+    return artifacts
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse to start where the plan's files would not fit.
+
+    Raises:
+        ArtifactError: with the free and the needed space.
+    """
+    needed = sum(planned.estimate.disk_bytes or 0.0 for planned in plan.to_do)
+    free = free_bytes(plan.root)
+    if needed > free:
+        raise ArtifactError(
+            f"{plan.root} has {free / 1e9:.1f} GB free, the plan needs {needed / 1e9:.1f} GB",
+            hint="free disk space or choose another folder with --out",
+        )
+
+
+def _bring(
+    planned: PlannedStep, done: Mapping[str, Artifact], verified: set[str], *, where: str
+) -> Artifact:
+    """Return the artifact of one step, from disk or from work."""
+    if planned.state == "done":
+        log.info("%s: done", where)
+        return Artifact.open(planned.out)
+    _make_room(planned.out)
+    kept = superseded(planned.out, planned.key)
+    if (kept / MANIFEST).is_file():
+        kept.rename(planned.out)
+        log.info("%s: restored", where)
+        return Artifact.open(planned.out)
+    inputs = {role: done[name] for role, name in planned.step.inputs.items()}
+    for artifact in inputs.values():
+        if artifact.key not in verified:
+            artifact.verify()
+            verified.add(artifact.key)
+    log.info("%s: %s", where, STAGES[planned.step.stage].summary)
+    start = perf_counter()
+    seed_everything(getattr(planned.step.config, "seed", 0))
+    try:
+        artifact = STAGES[planned.step.stage].run(planned.step.config, out=planned.out, **inputs)
+    except BaseException:
+        log.error("%s: failed after %.0f s", where, perf_counter() - start)
+        raise
+    gc.collect()
+    log.info("%s: %.0f s", where, perf_counter() - start)
+    return artifact
+
+
+def _make_room(out: Path) -> None:
+    """Move what stands at ``out`` for another recipe aside, where its key finds it again."""
+    if not out.exists():
+        return
+    try:
+        place = superseded(out, Artifact.open(out).key)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{out} is in the way and is no finished artifact", hint=f"move or remove {out}"
+        ) from error
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    out.rename(place)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Keep two runs from working in one folder.
+
+    Raises:
+        ArtifactError: if the folder cannot be made, or another process works in it.
+    """
+    import fcntl
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = (root / ".lock").open("w")
+    except OSError as error:
+        raise ArtifactError(
+            f"{root} cannot be written: {error.strerror}",
+            hint="choose an output folder that you may write to with --out",
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrtKdError(
+                f"another run is at work in {root}", hint="wait for it, or give another --out"
+            ) from error
+        yield

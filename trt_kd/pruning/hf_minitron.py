@@ -1,0 +1,201 @@
+"""ModelOpt prune mode ``hf_minitron``: Minitron pruning of stock Hugging Face decoders.
+
+Importing this module registers the mode beside NVIDIA's ``mcore_minitron``, and both take the same
+constraints: ``export_config`` with ``ffn_hidden_size``, ``hidden_size`` and ``num_layers``, or
+``params`` as a number or ``"80%"``::
+
+    mtp.prune(model, mode=[("hf_minitron", {"axes": [...]})], dummy_input=None,
+              constraints={"export_config": {"ffn_hidden_size": 1024}},
+              config={"forward_loop": forward_loop})
+
+The second value it returns holds the sizes and measurements under ``best``.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from modelopt.torch.nas.conversion import NASModeRegistry
+from modelopt.torch.opt import modelopt_state
+from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
+from modelopt.torch.opt.conversion import ModeloptStateManager
+from modelopt.torch.opt.mode import ModeDescriptor
+from modelopt.torch.opt.searcher import BaseSearcher
+from modelopt.torch.prune.pruning import PruneModeRegistry
+from torch import nn
+from transformers import PreTrainedModel
+
+from trt_kd.architectures import architecture_of
+from trt_kd.architectures.shape import ModelShape, shape_from_config
+from trt_kd.config import Plugin, build_plugin
+from trt_kd.errors import ConfigError
+from trt_kd.pruning import AXES, IMPORTANCE
+from trt_kd.pruning.base import Axis
+from trt_kd.pruning.engine import Request, shrink
+from trt_kd.pruning.reconstruction import Reconstruct
+from trt_kd.pruning.sizes import fitted_shape, settled
+from trt_kd.registry import Registry
+
+NAME = "hf_minitron"
+P = TypeVar("P", bound=Plugin)
+
+
+class HFMinitronConfig(ModeloptBaseConfig):  # type: ignore[misc]
+    """Settings of the mode, plain data so that ModelOpt can store them."""
+
+    axes: list[dict[str, Any]] = ModeloptField(
+        default=[],
+        title="Axes",
+        description="Axes with their options, sizes left out; those that the constraints name "
+        "and this list does not are cut with their defaults.",
+    )
+    importance: dict[str, Any] = ModeloptField(
+        default={"kind": "activation"},
+        title="Importance",
+        description="How channels are ranked.",
+    )
+    reconstruct: dict[str, Any] | None = ModeloptField(
+        default={},
+        title="Reconstruction",
+        description="Options of the least-squares refit after an MLP cut; None leaves it out.",
+    )
+    seed: int = ModeloptField(
+        default=0, title="Seed", description="Seeds an importance that draws numbers."
+    )
+
+
+class HFMinitronSearcher(BaseSearcher):  # type: ignore[misc]
+    """Runs the forward loop under hooks, then cuts the model in place."""
+
+    @property
+    def default_state_dict(self) -> dict[str, Any]:
+        """The result: sizes and measurements."""
+        return {"best": {}}
+
+    def run_search(self) -> None:
+        """Score and cut.
+
+        Raises:
+            TrtKdError: if the constraints, the sizes or the activations are impossible.
+        """
+        settings = modelopt_state(self.model)["modelopt_state_dict"][-1][1]["config"]
+        shape = model_shape(self.model)
+        axes = _axes(settings["axes"], self.constraints, shape)
+        reconstruct = settings["reconstruct"]
+        request = Request(
+            axes=axes,
+            importance=_plugin(IMPORTANCE, settings["importance"]),
+            reconstruct=None if reconstruct is None else Reconstruct(**reconstruct),
+            seed=settings["seed"],
+        )
+        forward_loop = self.config["forward_loop"]
+        if forward_loop is None:
+            raise ConfigError(
+                f"{NAME} needs calibration text", hint="give prune() config={'forward_loop': ...}"
+            )
+        started = time.perf_counter()
+        self.best = shrink(self.model, forward_loop, request, shape)
+        self.best["seconds"] = time.perf_counter() - started
+
+
+@NASModeRegistry.register_mode
+@PruneModeRegistry.register_mode
+class HFMinitronModeDescriptor(ModeDescriptor):  # type: ignore[misc]
+    """Tells ModelOpt how the mode is called and what carries it out."""
+
+    @property
+    def name(self) -> str:
+        """Name of the mode."""
+        return NAME
+
+    @property
+    def config_class(self) -> type[HFMinitronConfig]:
+        """Settings of the mode."""
+        return HFMinitronConfig
+
+    @property
+    def next_modes(self) -> set[str] | None:
+        """Modes that may follow at once."""
+        return {"export_nas", "kd_loss", "quantize", "sparse_magnitude", "sparse_gpt"}
+
+    @property
+    def export_mode(self) -> str | None:
+        """The mode that ends the search."""
+        return "export_nas"
+
+    @property
+    def search_algorithm(self) -> type[HFMinitronSearcher]:
+        """What prunes."""
+        return HFMinitronSearcher
+
+    @property
+    def convert(self) -> Any:
+        """Leaves the model as it is: there is no search space of dynamic modules."""
+        return _convert
+
+    @property
+    def restore(self) -> Any:
+        """Leaves the model as it is: the pruned checkpoint is a stock one."""
+        return _restore
+
+
+def _convert(model: nn.Module, config: HFMinitronConfig) -> tuple[nn.Module, dict[str, Any]]:
+    return model, {"subnet_config": {}}
+
+
+def _restore(model: nn.Module, config: HFMinitronConfig, metadata: dict[str, Any]) -> nn.Module:
+    return model
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Shape of a loaded model.
+
+    Raises:
+        ModelError: if its architecture is not supported.
+    """
+    architecture_of(model.config.model_type)
+    return shape_from_config(model.config.to_dict())
+
+
+def detach_state(model: nn.Module) -> None:
+    """Remove ModelOpt's record from ``model``, so that it is saved as the stock model it is."""
+    ModeloptStateManager.remove_state(model)
+    version_key = ModeloptStateManager._state_version_key
+    if hasattr(model, version_key):
+        delattr(model, version_key)
+
+
+def _axes(
+    settings: list[dict[str, Any]], constraints: Mapping[str, Any], shape: ModelShape
+) -> list[Axis]:
+    """The axes with the sizes that the constraints ask for."""
+    if len(constraints) != 1 or not set(constraints) <= {"export_config", "params"}:
+        raise ConfigError(
+            f"{NAME}: unsupported constraints {sorted(constraints)}",
+            hint="give either export_config or params",
+        )
+    axes = [_plugin(AXES, value) for value in settings]
+    if "params" in constraints:
+        return settled(axes, fitted_shape(axes, _limit(constraints["params"], shape), shape))
+    wanted = dict(constraints["export_config"])
+    present = {axis.constraint for axis in axes}
+    missing = wanted.keys() - present
+    axes += [_plugin(AXES, name) for name in AXES.names() if AXES.load(name).constraint in missing]
+    if unknown := wanted.keys() ^ {axis.constraint for axis in axes}:
+        raise ConfigError(
+            f"{NAME}: export_config and axes disagree on {', '.join(sorted(unknown))}",
+            hint="export_config takes ffn_hidden_size, hidden_size and num_layers, "
+            "one for every axis",
+        )
+    axes = [axis.resized(wanted[axis.constraint]) for axis in axes]
+    return settled(axes, fitted_shape(axes, None, shape))
+
+
+def _plugin(registry: Registry[type[P]], value: object) -> P:
+    return cast("P", build_plugin(cast("Registry[type[Plugin]]", registry), value))
+
+
+def _limit(params: float | str, shape: ModelShape) -> float:
+    if isinstance(params, str):
+        return float(params.removesuffix("%")) / 100.0 * shape.parameters
+    return float(params)

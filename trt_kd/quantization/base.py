@@ -1,0 +1,56 @@
+"""What every quantization format says of itself, without torch and without a model."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.config import Plugin
+from trt_kd.optional import require
+
+
+class QuantizationFormat(Plugin, ABC):
+    """A number format for weights and activations, and the algorithm that sets its scales."""
+
+    export_kl_limit_nats: ClassVar[float]
+    """Largest mean KL per token of an export to the quantized model it was made from."""
+    weight_error_limit: ClassVar[float | None]
+    """Largest relative Frobenius error of an exported weight to its source; None: not compared."""
+
+    @abstractmethod
+    def check(self, shape: ModelShape) -> list[str]:
+        """Problems of this format with a model of ``shape``, as text; empty if it fits."""
+
+    @abstractmethod
+    def modelopt_config(self) -> dict[str, Any]:
+        """Settings for ``modelopt.torch.quantization.quantize``; a copy, safe to change.
+
+        Raises:
+            MissingDependencyError: if Model Optimizer is not installed.
+        """
+
+
+def in_features(shape: ModelShape) -> dict[str, int]:
+    """Input width of every kind of quantized projection."""
+    return {
+        "q_proj, k_proj, v_proj, gate_proj, up_proj": shape.hidden,
+        "o_proj": shape.heads * shape.head_dim,
+        "down_proj": shape.ffn,
+    }
+
+
+def alignment_problems(shape: ModelShape, multiple: int, *, why: str) -> list[str]:
+    """Name every input width of ``shape`` that is no multiple of ``multiple``."""
+    return [
+        f"the input width {width} of {name} is no multiple of {multiple}, {why}"
+        for name, width in in_features(shape).items()
+        if width % multiple
+    ]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Deep copy of Model Optimizer's preset ``name``."""
+    from copy import deepcopy
+
+    mtq = require("modelopt.torch.quantization", extra="compress")
+    config: dict[str, Any] = deepcopy(getattr(mtq, name))
+    return config

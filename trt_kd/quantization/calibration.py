@@ -1,0 +1,97 @@
+"""Calibrate a model with Model Optimizer and look at what came out.
+
+Shape suffixes: N blocks, L tokens of a block.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trt_kd.errors import ModelError
+from trt_kd.optional import require
+from trt_kd.quantization.base import QuantizationFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: "PreTrainedModel", quantization: QuantizationFormat, blocks_NL: np.ndarray
+) -> None:
+    """Quantize ``model`` in place, with scales from a forward pass over every block.
+
+    Raises:
+        ModelError: if a scale is missing, zero or not finite afterwards.
+    """
+    import torch
+
+    mtq = require("modelopt.torch.quantization", extra="compress")
+
+    def forward_loop(network: "PreTrainedModel") -> None:
+        with torch.inference_mode():
+            for block in tqdm(blocks_NL, desc="calibrate", disable=None):
+                network(torch.as_tensor(block, device=model.device)[None], use_cache=False)
+
+    with quiet_modelopt():
+        mtq.quantize(model, quantization.modelopt_config(), forward_loop)
+    check_scales(model)
+
+
+def check_scales(model: "nn.Module") -> None:
+    """Check that every enabled quantizer holds a usable scale.
+
+    Model Optimizer itself exports a model that nothing was run through, with made-up scales or
+    none. An output channel whose weights are all zero may have the scale zero.
+
+    Raises:
+        ModelError: naming the first quantizer without one, or if nothing is quantized at all.
+    """
+    enabled = 0
+    for name, quantizer in quantizers(model):
+        if not quantizer.is_enabled or getattr(quantizer, "_dynamic", False):
+            continue
+        enabled += 1
+        amax = getattr(quantizer, "_amax", None)
+        if amax is None:
+            raise ModelError(
+                f"{name} has no scale after calibration",
+                hint="its layer saw no token: give more calibration text",
+            )
+        if not bool(amax.isfinite().all()) or float(amax.max()) <= 0:
+            raise ModelError(
+                f"{name} has a scale that is zero or not finite",
+                hint="the model's weights or activations overflow or vanish there: "
+                "evaluate the source, or keep it in float32",
+            )
+    if not enabled:
+        raise ModelError(
+            "no layer was quantized", hint="the format's patterns match no layer of this model"
+        )
+
+
+def quantizers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
+    """Every tensor quantizer of ``model`` with its dotted name."""
+    nodes = require("modelopt.torch.quantization.nn", extra="compress")
+    for name, module in model.named_modules():
+        if isinstance(module, nodes.TensorQuantizer):
+            yield name, module
+
+
+@contextmanager
+def quiet_modelopt() -> Iterator[None]:
+    """Send what Model Optimizer prints to the log, and leave out its warnings."""
+    printed = io.StringIO()
+    with warnings.catch_warnings(), redirect_stdout(printed):
+        warnings.filterwarnings("ignore", module=r"modelopt\.")
+        yield
+    for line in printed.getvalue().splitlines():
+        log.debug("modelopt: %s", line)

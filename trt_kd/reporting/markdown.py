@@ -1,0 +1,38 @@
+"""``report.md``: the same report for a repository, a pull request or a terminal."""
+
+from trt_kd.reporting import details
+from trt_kd.reporting.model import Report
+from trt_kd.reporting.page import environment_rows, recipe_text
+from trt_kd.reporting.readings import verdict_sentence
+from trt_kd.reporting.tables import comparison, markdown, plain
+
+
+def report_markdown(report: Report) -> str:
+    """The whole report in Markdown; text from outside cannot bring in markup."""
+    parts = [
+        f"# {plain(report.title)}\n",
+        f"**{report.verdict.capitalize()}.** {plain(verdict_sentence(report))}\n",
+    ]
+    parts += [f"> {plain(note)}\n" for note in report.notes]
+    sections = [
+        ("Gates", details.gates(report)),
+        ("Result", comparison(report)),
+        ("What each stage cost and gave back", details.stage_costs(report)),
+        ("Every workload", details.workloads(report)),
+        ("Further exports", details.exports(report)),
+    ]
+    parts += [f"## {title}\n\n{markdown(table)}" for title, table in sections if table.rows]
+    facts = [
+        f"- {plain(name)}: {plain(value)}" for name, value in environment_rows(report.environment)
+    ]
+    parts.append("## Environment\n\n" + "\n".join(facts) + "\n")
+    if report.recipe:
+        fenced = "\n".join(f"    {line}" for line in recipe_text(report.recipe).splitlines())
+        parts.append(f"## Recipe\n\n{fenced}\n")
+    nodes = [
+        f"- {plain(node.name)}: {node.stage} `{node.key}`"
+        + "".join(f", {plain(role)} `{key}`" for role, key in node.inputs.items())
+        for node in report.lineage
+    ]
+    parts.append("## Lineage\n\n" + "\n".join(nodes) + "\n")
+    return "\n".join(parts)

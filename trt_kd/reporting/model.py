@@ -1,0 +1,259 @@
+"""``report.json``, schema version 1: what a report says, with the unit in every name.
+
+docs/report.md documents every field; a test keeps the two together.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from typing_extensions import Self
+
+Role = Literal[
+    "teacher", "teacher_quantized", "pruned", "cross_entropy", "student", "student_quantized"
+]
+"""What a variant stands for in the comparison."""
+
+ROLES: tuple[Role, ...] = (
+    "teacher",
+    "teacher_quantized",
+    "pruned",
+    "cross_entropy",
+    "student",
+    "student_quantized",
+)
+"""Every role, in the order of the rows."""
+
+Verdict = Literal["pass", "fail", "undecided"]
+
+
+class _Record(BaseModel):
+    """A part of the report: complete, typo-proof, unchangeable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Percentiles(_Record):
+    """A distribution over repeats, in milliseconds."""
+
+    p50: float
+    """Median."""
+    p90: float
+    """90th percentile."""
+    p99: float
+    """99th percentile."""
+
+
+class SpeedRecord(_Record):
+    """One workload on one backend."""
+
+    backend: str
+    """Runtime, by its registered name."""
+    format: str
+    """Format of the weights that ran."""
+    batch_size: int
+    """Sequences decoded at once."""
+    input_tokens: int
+    """Prompt tokens of each sequence (ISL)."""
+    output_tokens: int
+    """Tokens generated for each sequence (OSL), exactly."""
+    ttft_ms: Percentiles
+    """Time to the first token, prefill included."""
+    itl_ms: Percentiles | None
+    """Time between two tokens after the first; null where only one token is generated."""
+    output_tokens_per_s: float
+    """Generated tokens of the whole batch over the whole time, prefill included; the median."""
+    repeats: int
+    """Timed runs after the warm-up."""
+    spread: float
+    """Half the range of output_tokens_per_s over the repeats, as a share of the median."""
+    peak_memory_bytes: int | None = None
+    """Largest resident memory of the process that ran it."""
+    decode_floor_ms: float | None = None
+    """Least time of one decoding step on this machine, from its measured peaks (roofline)."""
+    load_s: float | None = None
+    """Time to load the model, not part of any other number."""
+    steady: bool | None = None
+    """False where the repeats drifted too far apart to be judged; null where not checked."""
+
+
+class TaskScore(_Record):
+    """Accuracy on one task."""
+
+    accuracy: float
+    """Share of items answered correctly, 0 to 1."""
+    stderr: float | None
+    """Standard error of the accuracy."""
+    n: int
+    """Items."""
+
+
+class Quality(_Record):
+    """Agreement with the teacher and accuracy; null where it was not measured."""
+
+    kl_to_teacher_nats: float | None = None
+    """Forward KL from teacher to variant on held-out text, in nats per token."""
+    kl_to_teacher_nats_stderr: float | None = None
+    """Its standard error over blocks of text."""
+    top1_agreement: float | None = None
+    """Share of held-out tokens where variant and teacher would choose the same token."""
+    top1_agreement_stderr: float | None = None
+    """Its standard error over blocks of text."""
+    perplexity: float | None = None
+    """exp of the loss on held-out text."""
+    loss_nats_per_token: float | None = None
+    """Cross-entropy on held-out text."""
+    loss_nats_per_token_stderr: float | None = None
+    """Its standard error over blocks of text."""
+    heldout_tokens: int | None = None
+    """Tokens behind the numbers above."""
+    tasks: dict[str, TaskScore] = {}
+    """Accuracy by task."""
+
+
+class Variant(_Record):
+    """One row of the comparison."""
+
+    name: str
+    """What the row is called."""
+    role: Role
+    """What it stands for."""
+    parameters: int
+    """Parameters of the model; a tied head counts once."""
+    parameters_share: float
+    """``parameters`` over the baseline's."""
+    size_bytes: int
+    """All files of what ships: the export, or the checkpoint where nothing was exported."""
+    format: str
+    """Format of the weights that ship."""
+    lane: str
+    """Exporter that wrote what ships; ``checkpoint`` where nothing was exported."""
+    quality: Quality
+    """Measured on the artifact named by ``evaluated``."""
+    evaluated: Literal["checkpoint", "export"] | None
+    """What ``quality`` was measured on; null where it was not measured."""
+    speed: list[SpeedRecord]
+    """Measured workloads; empty where ``same_speed_as`` names a variant of the same shapes."""
+    same_speed_as: Role | None = None
+    """A measured variant of the same shapes and format class, whose speed this one shares."""
+    artifacts: dict[str, str]
+    """Keys of the model, what ships and the evaluation."""
+    seconds: dict[str, float] = {}
+    """Duration of the stages that made the model, what ships and the evaluation."""
+
+
+class ExportRow(_Record):
+    """An exported artifact that is not a variant."""
+
+    name: str
+    """What it is called."""
+    lane: str
+    """Exporter that wrote it."""
+    format: str
+    """Format of its weights."""
+    size_bytes: int
+    """All its files."""
+    logits_kl_nats: float | None = None
+    """KL from source to export on held-out text, in nats per token, read back after writing."""
+    top1_agreement: float | None = None
+    """Share of tokens where source and export choose the same token."""
+    artifact: str
+    """Its key."""
+
+
+class GateResult(_Record):
+    """A limit, what was found and the decision."""
+
+    name: str
+    """What the recipe calls it."""
+    variant: Role
+    """Role it judges."""
+    metric: str
+    """What it judges."""
+    relative_to: Role | None
+    """Role it is compared with."""
+    compare: Literal["value", "ratio", "difference"]
+    """What ``value`` is."""
+    bound: Literal["at most", "at least"]
+    """Which side of the limit passes."""
+    limit: float
+    """The limit, in the unit of ``value``."""
+    value: float | None
+    """What was found; null where nothing could be."""
+    interval: tuple[float, float] | None
+    """95 % interval of ``value``; zero width for exact numbers."""
+    method: str
+    """How the interval was made."""
+    p_value: float | None = None
+    """Exact McNemar test, two-sided, where two variants answered the same items."""
+    verdict: Verdict
+    """Pass: the whole interval is on the right side; fail: on the wrong side; else undecided."""
+    reason: str = ""
+    """Why it is undecided."""
+
+
+class LineageNode(_Record):
+    """One artifact behind the report."""
+
+    name: str
+    """What the report calls it, or its stage."""
+    stage: str
+    """The stage that wrote it."""
+    kind: str
+    """What it holds."""
+    key: str
+    """First 12 hexadecimal digits of its key."""
+    inputs: dict[str, str]
+    """Key prefixes of its inputs by role."""
+
+
+class Report(_Record):
+    """Everything the page shows."""
+
+    schema_version: Literal[1] = 1
+    """Version of this layout."""
+    name: str
+    """Name of the recipe."""
+    title: str
+    """Heading."""
+    created: str
+    """UTC time, ISO 8601."""
+    verdict: Verdict
+    """Fail if any gate fails, else undecided if any is undecided or there is none, else pass."""
+    baseline: Role
+    """Role of the first row; every change is against it."""
+    variants: list[Variant]
+    """Rows, the baseline first."""
+    exports: list[ExportRow] = []
+    """Further exported artifacts."""
+    gates: list[GateResult] = []
+    """The limits of the recipe, in its order."""
+    environment: dict[str, Any] = {}
+    """Hardware and versions of the machine that did the measuring."""
+    recipe: dict[str, Any] = {}
+    """Resolved settings of the run."""
+    lineage: list[LineageNode] = []
+    """Every artifact behind the numbers, each after its inputs."""
+    notes: list[str] = []
+    """What a reader must know before believing a number."""
+
+    @model_validator(mode="after")
+    def _baseline_is_first(self) -> Self:
+        roles = [variant.role for variant in self.variants]
+        if not roles or roles[0] != self.baseline:
+            raise ValueError(f"the first variant must be the baseline {self.baseline!r}: {roles}")
+        if len(set(roles)) != len(roles):
+            raise ValueError(f"roles stand twice: {roles}")
+        return self
+
+    def variant(self, role: Role | None) -> Variant | None:
+        """The variant with ``role``, or None."""
+        return next((row for row in self.variants if row.role == role), None)
+
+    def speed_of(self, variant: Variant) -> list[SpeedRecord]:
+        """Speed of ``variant``, or of the variant whose shapes it shares."""
+        if variant.speed or variant.same_speed_as is None:
+            return variant.speed
+        other = self.variant(variant.same_speed_as)
+        return other.speed if other else []

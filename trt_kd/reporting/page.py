@@ -1,0 +1,68 @@
+"""``report.html``: one file, no script, nothing fetched, every text escaped."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from trt_kd.reporting import details, tables
+from trt_kd.reporting.figures import figures
+from trt_kd.reporting.formatting import bytes_text
+from trt_kd.reporting.model import Report
+from trt_kd.reporting.readings import headline, verdict_sentence
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    from markupsafe import Markup
+
+    return _template().render(
+        report=report,
+        sentence=verdict_sentence(report),
+        headline=headline(report),
+        gates=details.gates(report),
+        comparison=tables.comparison(report),
+        figures=[(drawing.text, Markup(drawing.svg)) for drawing in figures(report)],
+        workloads=details.workloads(report),
+        costs=details.stage_costs(report),
+        exports=details.exports(report),
+        environment=environment_rows(report.environment),
+        recipe=recipe_text(report.recipe),
+    )
+
+
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """The resolved recipe as YAML, in its own order."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=88) if recipe else ""
+
+
+def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of every known fact about the machine."""
+    rows = []
+    for name, value in environment.items():
+        if value is None:
+            continue
+        size = name.endswith("_bytes") and isinstance(value, int | float)
+        label = name.removesuffix("_bytes").replace("_", " ")
+        rows.append((label, bytes_text(value) if size else str(value)))
+    return rows
+
+
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,212 @@
+"""Prune a checkpoint: fewer MLP channels, a narrower residual stream, fewer layers."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, model_validator
+from typing_extensions import Self
+
+from trt_kd.architectures import architecture_of
+from trt_kd.architectures.shape import ModelShape, read_shape
+from trt_kd.artifacts import Artifact, writing
+from trt_kd.checkpoints import load_model, load_tokenizer, save_model
+from trt_kd.config import StageConfig, build_plugin
+from trt_kd.data.base import DataConfig, fingerprint, token_blocks
+from trt_kd.errors import ConfigError, VerificationError
+from trt_kd.optional import require
+from trt_kd.pruning import AXES, IMPORTANCE
+from trt_kd.pruning.base import Axis, Importance
+from trt_kd.pruning.importance import Activation
+from trt_kd.pruning.reconstruction import Reconstruct
+from trt_kd.pruning.sizes import check_axes, planned_shape, settled
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_BATCH = 4
+# On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
+_REHEARSAL_SHARE = 0.97
+
+
+class PruneConfig(StageConfig):
+    """What to cut and on how much evidence."""
+
+    stage: ClassVar[str] = "prune"
+
+    axes: Annotated[
+        list[Annotated[SerializeAsAny[Axis], BeforeValidator(partial(build_plugin, AXES))]],
+        Field(min_length=1),
+    ]
+    """What shrinks; all axes are scored on the unpruned model."""
+    parameters_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the parameters to keep at most; it settles the one axis left without a size."""
+    importance: Annotated[
+        SerializeAsAny[Importance], BeforeValidator(partial(build_plugin, IMPORTANCE))
+    ] = Activation()
+    """How channels are ranked; layers are ranked by the importance of the depth axis."""
+    reconstruct: Reconstruct | None = Reconstruct()
+    """Refit the down projections after an MLP cut; null keeps the plain cut."""
+    calibration_tokens: PositiveInt = 16_384
+    """Tokens of the training split behind scores and refit, in whole blocks."""
+    data: DataConfig = DataConfig()
+    """Calibration text."""
+    seed: int = 0
+    """Seeds the choice of text, and an importance that draws numbers."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        try:
+            check_axes(self.axes, self.parameters_share)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if "channels" not in self.importance.units:
+            raise ValueError(f"importance {self.importance.kind!r} does not rank channels")
+        if self.importance != Activation() and all(axis.unit == "layers" for axis in self.axes):
+            raise ValueError("importance ranks channels, and no axis cuts any; leave it out")
+        return self
+
+    def outside(self) -> dict[str, str]:
+        """Fingerprint of the calibration text."""
+        return self.data.outside()
+
+    def rehearsal(self) -> Self:
+        """Two blocks, and axes that suit a model of two layers."""
+        axes = [axis.rehearsed() for axis in self.axes]
+        still_open = any(axis.is_open for axis in axes)
+        return self.model_copy(
+            update={
+                "axes": axes,
+                "parameters_share": _REHEARSAL_SHARE if still_open else None,
+                "calibration_tokens": 2 * self.data.block_tokens,
+            }
+        )
+
+    def planned(self, shape: ModelShape) -> ModelShape:
+        """Shape after pruning a model of ``shape``; needs no torch.
+
+        Raises:
+            ConfigError: if the axes contradict each other.
+            ModelError: if the architecture is not supported or has no such size.
+        """
+        architecture_of(shape.model_type)
+        return planned_shape(self.axes, self.parameters_share, shape)
+
+    def memory_bytes(self, shape: ModelShape) -> int:
+        """Memory of pruning a model of ``shape``: float32 weights, activations, refit."""
+        weights = 4 * shape.parameters
+        widest = max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
+        activations = 4 * _BATCH * self.data.block_tokens * (shape.layers * shape.hidden)
+        activations += 4 * _BATCH * self.data.block_tokens * 8 * widest
+        refit = self.reconstruct.memory_bytes(shape) if self.reconstruct else 0
+        return weights + activations + refit
+
+    def blocks(self) -> int:
+        """Calibration blocks."""
+        return -(-self.calibration_tokens // self.data.block_tokens)
+
+
+def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
+    """Turn checkpoint ``source`` into a smaller checkpoint at ``out``.
+
+    Scores in float32, stores in the source's dtype.
+
+    Raises:
+        TrtKdError: if the model, the sizes or the text are unfit.
+    """
+    shape = read_shape(source.path)
+    planned = config.planned(shape)
+    with writing(out, kind="checkpoint", config=config, inputs={"source": source}) as draft:
+        blocks = token_blocks(
+            config.data,
+            load_tokenizer(source.path),
+            split="train",
+            count=config.blocks(),
+            seed=config.seed,
+        )
+        model = load_model(source.path, dtype="float32")
+        draft.metrics["parameters_before"] = shape.parameters
+        draft.metrics |= prune_model(config, model, blocks)
+        draft.metrics["parameters_after"] = parameters = model.num_parameters()
+        draft.metrics["parameters_share"] = parameters / shape.parameters
+        draft.metrics["calibration_fingerprint"] = fingerprint(blocks)
+        if parameters != planned.parameters:
+            raise VerificationError(
+                f"pruning left {parameters:,} parameters, planned were {planned.parameters:,}",
+                hint="the model holds parts that its config.json does not tell of",
+            )
+        save_model(_cast(model, source.path), draft.path, tokenizer_from=source.path)
+    return Artifact.open(out, expect="checkpoint")
+
+
+def prune_model(
+    config: PruneConfig, model: "PreTrainedModel", blocks: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Prune ``model`` in place through ModelOpt's ``mtp.prune`` and return measurements.
+
+    ``blocks`` are token ids ``[blocks, tokens]``.
+
+    Raises:
+        TrtKdError: if the model, the sizes or its activations are unfit.
+    """
+    with warnings.catch_warnings():
+        # ModelOpt compiles functions on import in a way that torch calls deprecated.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+        mtp = require("modelopt.torch.prune", extra="compress")
+        from trt_kd.pruning.hf_minitron import NAME, detach_state, model_shape
+
+    shape = model_shape(model)
+    axes = settled(config.axes, config.planned(shape))
+    settings = {
+        "axes": [axis.model_dump(mode="json") for axis in axes],
+        "importance": config.importance.model_dump(mode="json"),
+        "reconstruct": config.reconstruct.model_dump() if config.reconstruct else None,
+        "seed": config.seed,
+    }
+    sizes = {axis.constraint: axis.target(shape) for axis in axes}
+    pruned, result = mtp.prune(
+        model,
+        mode=[(NAME, settings)],
+        constraints={"export_config": sizes},
+        dummy_input=None,
+        config={"forward_loop": partial(_forward_loop, blocks)},
+    )
+    detach_state(pruned)
+    measured: dict[str, Any] = result["best"]
+    return measured
+
+
+def _forward_loop(blocks: NDArray[np.int64], model: "nn.Module") -> None:
+    """Run the trunk over all blocks; the vocabulary head is not needed."""
+    from tqdm import tqdm
+
+    for batch_BL in tqdm(list(_batches(blocks)), desc="scoring", disable=None):
+        _run_trunk(model, batch_BL)
+
+
+def _batches(blocks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for first in range(0, len(blocks), _BATCH):
+        yield blocks[first : first + _BATCH]
+
+
+def _run_trunk(model: Any, batch_BL: NDArray[np.int64]) -> None:
+    import torch
+
+    tokens_BL = torch.from_numpy(batch_BL).to(model.device)
+    model.base_model(input_ids=tokens_BL, use_cache=False)
+
+
+def _cast(model: "PreTrainedModel", source: Path) -> "PreTrainedModel":
+    """Return ``model`` in the dtype that the config of ``source`` names."""
+    import torch
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    model.to(getattr(torch, name.removeprefix("torch.")))
+    return model

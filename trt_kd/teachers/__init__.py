@@ -1,0 +1,11 @@
+"""Teachers: where the logits to imitate come from. To add one: a module here, one line below."""
+
+from trt_kd.registry import Registry
+from trt_kd.teachers.base import Teacher
+
+TEACHERS: Registry[type[Teacher]] = Registry(
+    "teacher",
+    {
+        "online": "trt_kd.teachers.online:OnlineTeacher",
+    },
+)

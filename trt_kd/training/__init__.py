@@ -1,0 +1,1 @@
+"""Training: the objective, ModelOpt's trainer under it, checkpoints that survive a kill."""

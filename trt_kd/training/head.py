@@ -1,0 +1,195 @@
+"""The vocabulary part of the objective, piece by piece, its gradient found on the way forward.
+
+Logits are the largest tensors of a step: [tokens, vocabulary] in float32, several times over.
+Here a group of rows goes through the heads as one matrix product; loss and gradient are found for
+a few rows at a time, in float32, while these are in the cache, and the gradient takes the logits'
+place. Only the gradients of hidden states and head weight are kept. The result is that of plain
+autograd.
+
+Shape suffixes: T tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trt_kd.losses.base import KDLoss
+from trt_kd.losses.maths import cross_entropy_gradient
+
+GROUP_BYTES = 256 << 20
+"""Size of one group's logits; student and teacher have one each."""
+ROWS_BYTES = {"cpu": 1 << 20}
+"""Size of the float32 logits that one pass of the loss sees, by device: a core's cache."""
+ROWS_BYTES_ELSEWHERE = 256 << 20
+"""The same on a GPU, where few large kernels are best."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``task_weight * cross-entropy + response_weight * loss``, both summed over tokens."""
+
+    loss: KDLoss
+    task_weight: float
+    response_weight: float
+
+    def parts(
+        self, student_TV: Tensor, teacher_TV: Tensor | None, labels_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Task sum and response sum, unweighted, and the gradient of the weighted sum.
+
+        A term of weight zero is not computed and is zero.
+        """
+        mask_T = torch.ones_like(labels_T, dtype=torch.bool)
+        task = response = torch.zeros((), dtype=student_TV.dtype, device=student_TV.device)
+        gradient_TV: Tensor | None = None
+        if self.response_weight:
+            if teacher_TV is None:
+                raise ValueError("the response term needs teacher logits")
+            response, gradient_TV = self.loss.value_and_gradient(student_TV, teacher_TV, mask_T)
+            gradient_TV = _scaled(gradient_TV, self.response_weight)
+        if self.task_weight:
+            task, task_gradient_TV = cross_entropy_gradient(student_TV, labels_T, mask_T)
+            task_gradient_TV = _scaled(task_gradient_TV, self.task_weight)
+            gradient_TV = (
+                task_gradient_TV if gradient_TV is None else gradient_TV.add_(task_gradient_TV)
+            )
+        if gradient_TV is None:
+            raise ValueError("an objective needs a weight that is not zero")
+        return task, response, gradient_TV
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear map from hidden states to logits."""
+
+    weight: Tensor
+    """``[V, D]``."""
+    bias: Tensor | None = None
+    """``[V]``."""
+
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """The same head in ``dtype``, detached."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return Head(self.weight.detach().to(dtype), bias)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Logits in the head's dtype."""
+        return F.linear(hidden_TD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def head_loss(
+    objective: Objective,
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    *,
+    teacher: Callable[[slice], Tensor] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
+
+    Args:
+        objective: the terms and their weights.
+        hidden_TD: the student's hidden states of valid tokens.
+        head: the student's output head.
+        labels_T: the true next tokens, int64.
+        teacher: gives the teacher's logits for a slice of the T tokens.
+        dtype: of the matrix products; sums and losses are at least float32.
+    """
+    work = _Work(objective, labels_T, teacher, dtype)
+    total, task, response = _HeadLoss.apply(hidden_TD, head.weight, head.bias, work)  # type: ignore[no-untyped-call]
+    return total, task, response
+
+
+@dataclass(frozen=True)
+class _Work:
+    objective: Objective
+    labels: Tensor
+    teacher: Callable[[slice], Tensor] | None
+    dtype: torch.dtype
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are found in ``forward``; ``backward`` only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, work: _Work
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            sums, gradients = _accumulate(hidden_TD, Head(weight_VD, bias_V), work)
+        ctx.save_for_backward(*gradients)
+        task, response = sums.unbind()
+        ctx.mark_non_differentiable(task, response)
+        objective = work.objective
+        total = objective.task_weight * task + objective.response_weight * response
+        return total, task, response
+
+    @staticmethod
+    def backward(
+        ctx: Any, total_gradient: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias = ctx.saved_tensors
+        return (
+            hidden * total_gradient,
+            weight * total_gradient,
+            None if bias is None else bias * total_gradient,
+            None,
+        )
+
+
+def _accumulate(
+    hidden_TD: Tensor, head: Head, work: _Work
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """Sums of the terms and gradients of the weighted sum, over all chunks."""
+    cast = head.cast(work.dtype)
+    total = torch.zeros(2, dtype=_wide(work.dtype), device=hidden_TD.device)
+    hidden_gradient_TD = torch.empty_like(hidden_TD)
+    weight_gradient_VD = torch.zeros_like(head.weight)
+    bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
+    row_bytes = len(head.weight) * work.dtype.itemsize
+    for group in _pieces(len(hidden_TD), GROUP_BYTES // row_bytes):
+        group_TD = hidden_TD[group].detach().to(work.dtype)
+        teacher_TV = None if work.teacher is None else work.teacher(group)
+        student_TV = cast.logits(group_TD)
+        total += _replace_by_gradient(student_TV, teacher_TV, work.labels[group], work.objective)
+        hidden_gradient_TD[group] = (student_TV @ cast.weight).to(hidden_TD.dtype)
+        weight_gradient_VD += student_TV.mT @ group_TD
+        if bias_gradient_V is not None:
+            bias_gradient_V += student_TV.sum(0, dtype=total.dtype)
+    return total, (hidden_gradient_TD, weight_gradient_VD, bias_gradient_V)
+
+
+def _replace_by_gradient(
+    student_TV: Tensor, teacher_TV: Tensor | None, labels_T: Tensor, objective: Objective
+) -> Tensor:
+    """Write the gradient over ``student_TV``; return the sums of task and response."""
+    wide = _wide(student_TV.dtype)
+    total = torch.zeros(2, dtype=wide, device=student_TV.device)
+    limit = ROWS_BYTES.get(student_TV.device.type, ROWS_BYTES_ELSEWHERE)
+    for rows in _pieces(len(student_TV), limit // (4 * student_TV.shape[1])):
+        teacher_rows = None if teacher_TV is None else teacher_TV[rows].to(wide)
+        task, response, gradient = objective.parts(
+            student_TV[rows].to(wide), teacher_rows, labels_T[rows]
+        )
+        student_TV[rows] = gradient
+        total += torch.stack((task, response))
+    return total
+
+
+def _pieces(rows: int, size: int) -> list[slice]:
+    """Cut ``rows`` into slices of ``size`` rows, at least one each."""
+    step = max(1, size)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled(gradient_TV: Tensor, weight: float) -> Tensor:
+    return gradient_TV if weight == 1.0 else gradient_TV.mul_(weight)

@@ -1,0 +1,131 @@
+"""One training run from its settings to its log, resumed where a killed one stood."""
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
+from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.head import Objective
+from trt_kd.training.history import history_of
+from trt_kd.training.schedule import Schedule
+from trt_kd.training.trainer import Blocks, DistillTrainer, TaskTrainer, check_linear_head
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    blocks: NDArray[np.int64],
+    *,
+    objective: Objective,
+    schedule: Schedule,
+    work: Path,
+) -> list[dict[str, float]]:
+    """Train ``student`` (float32 weights) in place on ``blocks`` in order; return the log by step.
+
+    Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
+    that finds a complete checkpoint there goes on from it.
+
+    Raises:
+        ModelError: if logits are not those of a linear head.
+        TrtKdError: if the loss is not finite; checkpoints stay.
+    """
+    check_linear_head(student, "student")
+    use_cache = student.config.use_cache
+    progress = Progress(schedule.batch_size * schedule.gradient_accumulation * blocks.shape[1])
+    events = EventFiles(work / "tensorboard")
+    checkpoints = work / "checkpoints"
+    settings: dict[str, Any] = {
+        "model": student,
+        "args": training_arguments(schedule, checkpoints),
+        "train_dataset": Blocks(blocks),
+        "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
+    }
+    dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
+    with _quiet():
+        if teacher is None:
+            trainer: Any = TaskTrainer(**settings)
+        else:
+            check_linear_head(teacher, "teacher")
+            trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
+        _remove_printers(trainer)
+        trainer.start(objective, dtype)
+        resume = newest_complete(checkpoints)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            student.config.use_cache = use_cache  # the trainer switches it off
+            progress.close()
+            events.close()
+    return history_of(trainer.state.log_history)
+
+
+def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:
+    """Arguments of the Hugging Face trainer: one process, one device, nothing reported outside."""
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.gradient_accumulation,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=schedule.precision == "bf16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=schedule.checkpoint_every_steps,
+        seed=schedule.seed,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several visible GPUs would mean nn.DataParallel and larger batches
+    return arguments
+
+
+def _remove_printers(trainer: Any) -> None:
+    """Remove callbacks that print or draw: Hugging Face's and ModelOpt's memory report."""
+    theirs: list[type[TrainerCallback]] = [PrinterCallback, ProgressCallback]
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in theirs or type(callback).__name__ == "_MemoryReportCallback":
+            trainer.remove_callback(callback)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' messages from standard output and their bars from ours."""
+    printed = io.StringIO()
+    bars: Any = transformers_logging
+    had_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        if had_bars:
+            bars.enable_progress_bar()
+        for line in printed.getvalue().splitlines():
+            logger.debug("%s", line)
