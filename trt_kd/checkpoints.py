@@ -4,7 +4,9 @@ What is saved loads in stock transformers, 4.57 and 5 alike: rope in both spelli
 ``head_dim``, a tokenizer class that both know, safetensors only.
 """
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +41,9 @@ def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel
     from transformers import AutoModelForCausalLM
 
     check_weights(directory)
+    auto: Any = AutoModelForCausalLM
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto.from_pretrained(
             directory,
             dtype=getattr(torch, dtype) if dtype else "auto",
             use_safetensors=True,
@@ -81,12 +84,23 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{directory} holds no usable tokenizer: {reason}") from error
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def save_model(model: "PreTrainedModel", out: Path, *, tokenizer_from: Path) -> None:
-    """Write ``model`` to ``out`` as safetensors, with the tokenizer files of ``tokenizer_from``."""
-    model.save_pretrained(out, safe_serialization=True)
+    """Write ``model`` to ``out`` as safetensors, with the tokenizer files of ``tokenizer_from``.
+
+    Raises:
+        OSError: if the disk is full, whatever the library below calls it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(out, safe_serialization=True)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
     copy_tokenizer(tokenizer_from, out)
     make_portable(out)
 
@@ -103,8 +117,9 @@ def load_gguf(path: Path, tokenizer_out: Path, *, dtype: str) -> "PreTrainedMode
     from trt_kd.optional import require
 
     require("gguf", extra="quickstart")
+    auto: Any = AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto.from_pretrained(
             path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+FIXTURES = {"ort-genai": "ort_export"}
+"""Which fixture makes a backend's export; the others load a stock checkpoint."""
 
 
 @pytest.fixture(scope="session")
@@ -14,15 +18,21 @@ def ort_export(teacher, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "ort"
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     options = ["-i", str(teacher.path), "-o", str(out), "-p", "fp32", "-e", "cpu"]
-    subprocess.run([*builder, *options], check=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [*builder, *options], check=False, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode and "from 'transformers'" in done.stderr:
+        pytest.skip("this builder needs a newer transformers; the runtime itself does not")
+    assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="session")
-def directories(teacher, ort_export) -> dict[str, Path]:
-    """One directory per backend that holds the tiny teacher in a form it loads."""
-    return {
-        "transformers": teacher.path,
-        "ort-genai": ort_export,
-        "hf-unified": teacher.path,
-    }
+def directory_for(request, teacher) -> Callable[[str], Path]:
+    """Return the directory that holds the tiny teacher in the form the named backend loads."""
+
+    def find(backend: str) -> Path:
+        made = FIXTURES.get(backend)
+        return request.getfixturevalue(made) if made else teacher.path
+
+    return find

@@ -12,8 +12,8 @@ TOKENS = np.random.default_rng(0).integers(1, 512, (3, 12))
 
 
 @pytest.fixture(params=BACKENDS.names())
-def session(request, directories):
-    with BACKENDS.load(request.param)(threads=1).load(directories[request.param]) as session:
+def session(request, directory_for):
+    with BACKENDS.load(request.param)(threads=1).load(directory_for(request.param)) as session:
         yield session
 
 

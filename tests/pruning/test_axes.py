@@ -211,3 +211,12 @@ def test_activation_importance_equals_its_definition():
     expected = np.sqrt((np.abs(x_BLC).mean(axis=1) ** 2).sum(axis=0))
     scores = importance.scores(total, torch.Generator()).numpy()
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one NVIDIA GPU")
+def test_a_gpu_cuts_the_same_model(axis, make_decoder, blocks, logits):
+    here, there = make_decoder(), make_decoder().cuda()
+    for model in (here, there):
+        pruned(model, blocks, [CUTS[axis]])
+    torch.testing.assert_close(logits(there.cpu(), blocks), logits(here, blocks), rtol=0, atol=0.01)

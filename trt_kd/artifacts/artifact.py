@@ -6,8 +6,8 @@ into place, each step synced to disk. What a stage needs to go on after a kill l
 """
 
 import errno
-import os
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -38,7 +38,7 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
         "transformers": ">=4.57,<5.15",
     },
     "quickstart": {"gguf": ">=0.10"},
-    "eval": {"lm-eval": ">=0.4.9,<0.5"},
+    "eval": {"lm-eval": ">=0.4.13,<0.5"},
     "onnx": {
         "onnx": ">=1.21",
         "onnx-ir": ">=0.1",

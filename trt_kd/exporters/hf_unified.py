@@ -65,14 +65,13 @@ class HfUnified(Exporter):
 
 
 def _export_quantized(source: Path, out: Path) -> None:
-    from trt_kd.optional import require
-    from trt_kd.quantization.calibration import quiet_modelopt
+    from trt_kd.quantization.modelopt import modelopt, quiet
     from trt_kd.quantization.storage import load_quantized
 
-    export = require("modelopt.torch.export", extra="compress")
+    export = modelopt("export")
     model = load_quantized(source)
     try:
-        with quiet_modelopt():
+        with quiet():
             export.export_hf_checkpoint(model, export_dir=out)
     except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]

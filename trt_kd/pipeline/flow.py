@@ -68,12 +68,12 @@ def _export(recipe: Recipe, spec: ExportSpec, role: str, name: str) -> Iterator[
 
 
 def _evaluations(recipe: Recipe) -> Iterator[Step]:
-    for role, step in _measured(recipe).items():
+    for role, step in measured_roles(recipe).items():
         inputs = {"model": step, "teacher": "teacher"}
         yield Step(f"evaluate-{role}", recipe.evaluate, inputs)
 
 
-def _measured(recipe: Recipe) -> dict[str, str]:
+def measured_roles(recipe: Recipe) -> dict[str, str]:
     """The step whose artifact stands for each role's quality."""
     measured = {
         "teacher": "teacher",
@@ -102,7 +102,7 @@ def _corners(recipe: Recipe) -> dict[str, str]:
 def _report(recipe: Recipe, made: list[Step]) -> Step:
     inputs: dict[str, str] = {}
     corners = _corners(recipe)
-    for role in _measured(recipe):
+    for role in measured_roles(recipe):
         inputs[f"{role}.model"] = role.removesuffix("_quantized")
         inputs[f"{role}.evaluation"] = f"evaluate-{role}"
         if role in corners and corners[role] != role:

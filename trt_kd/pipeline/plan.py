@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import MANIFEST, Artifact, work_directory, work_key
 from trt_kd.errors import ArtifactError, ConfigError, ModelError
 from trt_kd.pipeline.estimate import Estimate, Shapes, estimate
-from trt_kd.pipeline.flow import Step, steps
+from trt_kd.pipeline.flow import Step, measured_roles, steps
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
-from trt_kd.pruning.sizes import planned_shape
+from trt_kd.reporting.gates import unmet_needs
 
 State = Literal["done", "to do", "to resume", "to restore"]
 SUPERSEDED = "superseded"
@@ -52,7 +51,8 @@ def make_plan(recipe: Recipe, root: Path) -> Plan:
     Raises:
         ConfigError, ModelError: if a step could not succeed, whatever is computed before it.
     """
-    shapes = planned_shapes(recipe, root)
+    check_gates(recipe)
+    shapes = planned_shapes(recipe)
     if shapes.teacher is not None:
         check(recipe, shapes)
     keys: dict[str, str] = {}
@@ -67,14 +67,24 @@ def make_plan(recipe: Recipe, root: Path) -> Plan:
     return Plan(root, planned, shapes)
 
 
-def planned_shapes(recipe: Recipe, root: Path) -> Shapes:
+def planned_shapes(recipe: Recipe) -> Shapes:
     """Sizes of teacher and student, as far as they can be told now."""
     teacher = recipe.import_.known_shape()
     if teacher is None:
         return Shapes(None, None)
-    architecture_of(teacher.model_type)
-    student = planned_shape(recipe.prune.axes, recipe.prune.parameters_share, teacher)
-    return Shapes(teacher, student)
+    return Shapes(teacher, recipe.prune.planned(teacher))
+
+
+def check_gates(recipe: Recipe) -> None:
+    """Refuse a gate that this recipe would never give a number to.
+
+    Raises:
+        ConfigError: naming every such gate.
+    """
+    problems = unmet_needs(recipe.gates, roles=measured_roles(recipe), tasks=recipe.evaluate.tasks)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} gate(s) could never be decided:{lines}")
 
 
 def check(recipe: Recipe, shapes: Shapes) -> None:

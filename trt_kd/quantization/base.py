@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import Plugin
-from trt_kd.optional import require
+from trt_kd.quantization.modelopt import modelopt
 
 
 class QuantizationFormat(Plugin, ABC):
@@ -51,6 +51,6 @@ def preset(name: str) -> dict[str, Any]:
     """Deep copy of Model Optimizer's preset ``name``."""
     from copy import deepcopy
 
-    mtq = require("modelopt.torch.quantization", extra="compress")
+    mtq = modelopt("quantization")
     config: dict[str, Any] = deepcopy(getattr(mtq, name))
     return config

@@ -3,25 +3,21 @@
 Shape suffixes: N blocks, L tokens of a block.
 """
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from trt_kd.errors import ModelError
-from trt_kd.optional import require
 from trt_kd.quantization.base import QuantizationFormat
+from trt_kd.quantization.modelopt import modelopt, quiet
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
+_BATCH = 4
 
 
 def calibrate(
@@ -34,14 +30,16 @@ def calibrate(
     """
     import torch
 
-    mtq = require("modelopt.torch.quantization", extra="compress")
+    mtq = modelopt("quantization")
 
     def forward_loop(network: "PreTrainedModel") -> None:
+        starts = range(0, len(blocks_NL), _BATCH)
         with torch.inference_mode():
-            for block in tqdm(blocks_NL, desc="calibrate", disable=None):
-                network(torch.as_tensor(block, device=model.device)[None], use_cache=False)
+            for start in tqdm(starts, desc="calibrate", disable=None):
+                ids = torch.as_tensor(blocks_NL[start : start + _BATCH], device=model.device)
+                network(ids, use_cache=False, logits_to_keep=1)  # the head is never quantized
 
-    with quiet_modelopt():
+    with quiet():
         mtq.quantize(model, quantization.modelopt_config(), forward_loop)
     check_scales(model)
 
@@ -80,18 +78,7 @@ def check_scales(model: "nn.Module") -> None:
 
 def quantizers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
     """Every tensor quantizer of ``model`` with its dotted name."""
-    nodes = require("modelopt.torch.quantization.nn", extra="compress")
+    nodes = modelopt("quantization.nn")
     for name, module in model.named_modules():
         if isinstance(module, nodes.TensorQuantizer):
             yield name, module
-
-
-@contextmanager
-def quiet_modelopt() -> Iterator[None]:
-    """Send what Model Optimizer prints to the log, and leave out its warnings."""
-    printed = io.StringIO()
-    with warnings.catch_warnings(), redirect_stdout(printed):
-        warnings.filterwarnings("ignore", module=r"modelopt\.")
-        yield
-    for line in printed.getvalue().splitlines():
-        log.debug("modelopt: %s", line)

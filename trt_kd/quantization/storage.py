@@ -13,10 +13,10 @@ from trt_kd.artifacts import Artifact
 from trt_kd.checkpoints import load_model
 from trt_kd.config import build_plugin
 from trt_kd.errors import ModelError
-from trt_kd.optional import require
 from trt_kd.quantization import FORMATS
 from trt_kd.quantization.base import QuantizationFormat
-from trt_kd.quantization.calibration import quantizers, quiet_modelopt
+from trt_kd.quantization.calibration import quantizers
+from trt_kd.quantization.modelopt import modelopt, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,10 +86,10 @@ def load_quantized(directory: Path, *, dtype: str | None = None) -> "PreTrainedM
     import torch
     from safetensors import SafetensorError, safe_open
 
-    mtq = require("modelopt.torch.quantization", extra="compress")
+    mtq = modelopt("quantization")
     artifact = Artifact.open(directory, expect="quantized")
     model = load_model(directory, dtype=dtype)
-    with quiet_modelopt():
+    with quiet():
         mtq.quantize(model, format_of(artifact).modelopt_config() | {"algorithm": None})
     try:
         with safe_open(directory / QUANTIZERS, framework="pt") as file:
@@ -113,7 +113,7 @@ def _restore(model: "nn.Module", state: dict[str, "Tensor"], promoted: list[str]
     """Put every tensor of ``state`` where it was, and see that none is left over."""
     import torch
 
-    nodes = require("modelopt.torch.quantization.nn", extra="compress")
+    nodes = modelopt("quantization.nn")
     modules: dict[str, Any] = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     for name, tensor in state.items():

@@ -143,6 +143,8 @@ def import_model(config: ImportConfig, *, out: Path) -> Artifact:
         _compare(config, shape)
         draft.metrics["parameters"] = shape.parameters
         draft.metrics["parameters_by_part"] = dict(shape.parts())
+        if path.suffix == ".gguf":
+            draft.metrics["license"] = gguf_field(path, "general.license")
     return Artifact.open(out, expect="checkpoint")
 
 
@@ -232,30 +234,34 @@ def _compare(config: ImportConfig, shape: ModelShape) -> None:
 
 def gguf_shape(path: Path) -> ModelShape | None:
     """Sizes from the header of a GGUF file of the llama family; None for another family."""
-    import gguf
-
+    gguf = require("gguf", extra="quickstart")
     reader = gguf.GGUFReader(path)
 
-    def field(name: str) -> Any:
-        found = reader.get_field(name)
-        return found.contents() if found is not None else None
+    def count(name: str) -> int:
+        found = reader.get_field(f"llama.{name}")
+        return int(found.contents()) if found is not None else 0
 
-    family = str(field("general.architecture"))
-    heads, hidden = field(f"{family}.attention.head_count"), field(f"{family}.embedding_length")
-    if family != "llama" or not heads or not hidden:
+    hidden, heads = count("embedding_length"), count("attention.head_count")
+    if not hidden or not heads:
         return None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     return ModelShape(
-        model_type=family,
-        layers=int(field(f"{family}.block_count")),
-        hidden=int(hidden),
-        ffn=int(field(f"{family}.feed_forward_length")),
-        heads=int(heads),
-        kv_heads=int(field(f"{family}.attention.head_count_kv") or heads),
-        head_dim=int(field(f"{family}.attention.key_length") or hidden // heads),
+        model_type="llama",
+        layers=count("block_count"),
+        hidden=hidden,
+        ffn=count("feed_forward_length"),
+        heads=heads,
+        kv_heads=count("attention.head_count_kv") or heads,
+        head_dim=count("attention.key_length") or hidden // heads,
         vocab=int(tensors["token_embd.weight"].shape[1]),
         tied="output.weight" not in tensors,
     )
+
+
+def gguf_field(path: Path, name: str) -> str | None:
+    """Text of one field in the header of a GGUF file; None where it has none."""
+    found = require("gguf", extra="quickstart").GGUFReader(path).get_field(name)
+    return None if found is None else str(found.contents())
 
 
 def fingerprint(path: Path) -> str:

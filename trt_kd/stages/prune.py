@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +130,7 @@ def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
             count=config.blocks(),
             seed=config.seed,
         )
-        model = load_model(source.path, dtype="float32")
+        model = _on_accelerator(load_model(source.path, dtype="float32"))
         draft.metrics["parameters_before"] = shape.parameters
         draft.metrics |= prune_model(config, model, blocks)
         draft.metrics["parameters_after"] = parameters = model.num_parameters()
@@ -202,11 +202,19 @@ def _run_trunk(model: Any, batch_BL: NDArray[np.int64]) -> None:
     model.base_model(input_ids=tokens_BL, use_cache=False)
 
 
+def _on_accelerator(model: "PreTrainedModel") -> "PreTrainedModel":
+    import torch
+
+    if torch.cuda.is_available():
+        cast("nn.Module", model).to("cuda")
+    return model
+
+
 def _cast(model: "PreTrainedModel", source: Path) -> "PreTrainedModel":
-    """Return ``model`` in the dtype that the config of ``source`` names."""
+    """Return ``model`` on the CPU in the dtype that the config of ``source`` names."""
     import torch
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    model.to(getattr(torch, name.removeprefix("torch.")))
+    cast("nn.Module", model).to("cpu", getattr(torch, name.removeprefix("torch.")))
     return model

@@ -70,7 +70,8 @@ def report(config: ReportConfig, *, out: Path, **inputs: Artifact) -> Artifact:
     with writing(out, kind="report", config=config, inputs=inputs) as draft:
         made = make_report(config, inputs)
         source = inputs.get("teacher.model")
-        licence = licence_of(source.path) if source else ""
+        recorded = str(source.metrics.get("license") or "") if source else ""
+        licence = recorded or (licence_of(source.path) if source else "")
         texts = {
             "report.json": made.model_dump_json(indent=2) + "\n",
             "report.md": report_markdown(made),

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
+
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train(
@@ -50,14 +53,14 @@ def train(
     progress = Progress(schedule.batch_size * schedule.gradient_accumulation * blocks.shape[1])
     events = EventFiles(work / "tensorboard")
     checkpoints = work / "checkpoints"
-    settings: dict[str, Any] = {
-        "model": student,
-        "args": training_arguments(schedule, checkpoints),
-        "train_dataset": Blocks(blocks),
-        "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
-    }
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet():
+    with _quiet(), _mixed_precision(schedule.precision):
+        settings: dict[str, Any] = {
+            "model": student,
+            "args": training_arguments(schedule, checkpoints),
+            "train_dataset": Blocks(blocks),
+            "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
+        }
         if teacher is None:
             trainer: Any = TaskTrainer(**settings)
         else:
@@ -129,3 +132,17 @@ def _quiet() -> Iterator[None]:
             bars.enable_progress_bar()
         for line in printed.getvalue().splitlines():
             logger.debug("%s", line)
+
+
+@contextmanager
+def _mixed_precision(precision: str) -> Iterator[None]:
+    """Set what accelerate reads, and transformers 4 leaves set for the next run, for this run."""
+    before = os.environ.get(_PRECISION)
+    os.environ[_PRECISION] = "bf16" if precision == "bf16" else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PRECISION]
+        else:
+            os.environ[_PRECISION] = before

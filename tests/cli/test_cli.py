@@ -1,0 +1,100 @@
+"""The command line answers quickly, in two lines when something is wrong, with an exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    "run", "plan", "rehearse", "gate", "import", "prune", "distill", "quantize", "export",
+    "evaluate", "benchmark", "report", "show", "ls", "doctor",
+]  # fmt: skip
+
+
+def trt_kd(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "trt_kd.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+    )
+
+
+def test_every_command_is_in_the_help_with_exit_codes():
+    done = trt_kd("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+    assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    done = trt_kd(command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["ls"], ["plan", "workflows/llama3.1-8b-to-4b-width-fp8.yaml"]],
+)
+def test_what_needs_no_torch_does_not_load_it(arguments):
+    code = (
+        "import sys\n"
+        "from trt_kd.cli import main\n"
+        f"sys.argv = ['trt-kd', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, file=sys.stderr)\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_with_three_mistakes_prints_all_three_and_writes_nothing(tmp_path):
+    recipe = ROOT / "workflows" / "quickstart.yaml"
+    mistakes = ["distill.steps=-3", "prune.calibration_tokens=many", "shuffel=true"]
+    done = trt_kd("run", recipe, *mistakes, "--out", tmp_path)
+    assert done.returncode == 2
+    for path in ("distill.steps", "prune.calibration_tokens", "shuffel"):
+        assert path in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_recipe_is_two_lines_at_most(tmp_path):
+    done = trt_kd("plan", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_ls_and_plan_speak_json():
+    listed = json.loads(trt_kd("ls", "--json").stdout)
+    assert "forward_kl" in listed["KD loss"]
+    assert all(summary for family in listed.values() for summary in family.values())
+    plan = json.loads(trt_kd("plan", "workflows/quickstart.yaml", "--json").stdout)
+    assert plan["models"]["student"]["parameters"] <= 0.82 * plan["models"]["teacher"]["parameters"]
+
+
+def test_show_checks_digests_and_prints_the_lineage(teacher):
+    done = trt_kd("show", teacher.path)
+    assert done.returncode == 0
+    assert "all digests match" in done.stdout
+    manifest = json.loads(trt_kd("show", teacher.path, "--json").stdout)
+    assert manifest["key"] == teacher.key
+
+
+def test_stages_run_one_by_one(teacher, tmp_path):
+    done = trt_kd("import", f"source={teacher.path}", "--out", tmp_path / "t", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "checkpoint"
+    again = trt_kd("import", f"source={teacher.path}", "--out", tmp_path / "t")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr

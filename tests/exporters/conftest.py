@@ -1,0 +1,50 @@
+"""Exports of the tiny teacher, made once."""
+
+import numpy as np
+import pytest
+
+from trt_kd.artifacts import Artifact, writing
+from trt_kd.checkpoints import load_model
+from trt_kd.config import StageConfig, build_plugin
+from trt_kd.quantization import FORMATS
+
+CALIBRATED = {
+    "fp8": "fp8",
+    "int8_smoothquant": "int8_smoothquant",
+    "int8": "int8",
+    "int4_awq": {"kind": "int4_awq", "block_size": 64},
+}
+
+
+class Made(StageConfig):
+    stage = "quantize"
+    format: dict
+
+
+@pytest.fixture(scope="session")
+def blocks():
+    """Token ids ``[3, 32]``."""
+    return np.random.default_rng(1).integers(1, 512, (3, 32))
+
+
+@pytest.fixture(scope="session")
+def quantized(teacher, blocks, tmp_path_factory):
+    """Quantized artifacts of the teacher by format, each made when first asked for."""
+    from trt_kd.quantization.calibration import calibrate
+    from trt_kd.quantization.storage import save_quantized
+
+    made: dict[str, Artifact] = {}
+
+    def make(name: str) -> Artifact:
+        if name not in made:
+            plugin = build_plugin(FORMATS, CALIBRATED[name])
+            model = load_model(teacher.path)
+            calibrate(model, plugin, blocks)
+            out = tmp_path_factory.mktemp("quantized") / name
+            config = Made(format=plugin.model_dump())
+            with writing(out, kind="quantized", config=config, inputs={}) as draft:
+                save_quantized(model, teacher, draft.path)
+            made[name] = Artifact.open(out)
+        return made[name]
+
+    return make

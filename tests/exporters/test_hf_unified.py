@@ -1,0 +1,224 @@
+"""Unified checkpoints: what Model Optimizer writes, repaired, read back by other code."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trt_kd.backends import BACKENDS
+from trt_kd.errors import ModelError, VerificationError
+from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.comparison import compare, logits_of
+from trt_kd.exporters.hf_unified_reader import read_model
+from trt_kd.exporters.verification import source_logits, verify
+
+LANE = EXPORTERS.load("hf-unified")()
+ALGORITHMS = {
+    "fp8": "FP8",
+    "int8_smoothquant": "W8A8_SQ_PER_CHANNEL",
+    "int8": "W8A8_SQ_PER_CHANNEL",
+    "int4_awq": "W4A16_AWQ",
+}
+
+
+@pytest.fixture(scope="session", params=list(ALGORITHMS))
+def made(request, quantized, tmp_path_factory):
+    """The format's name, its quantized artifact and the export; do not write into it."""
+    out = tmp_path_factory.mktemp("unified") / request.param
+    out.mkdir()
+    source = quantized(request.param)
+    metrics = LANE.export(source, out)
+    assert metrics == {"quant_algo": ALGORITHMS[request.param]}
+    return request.param, source, out
+
+
+@pytest.fixture
+def fp8(quantized, tmp_path):
+    """An FP8 export to spoil, with its source."""
+    source, out = quantized("fp8"), tmp_path / "fp8"
+    out.mkdir()
+    LANE.export(source, out)
+    return source, out
+
+
+def test_an_export_has_nothing_against_it(made):
+    _, source, out = made
+    assert LANE.problems(source, out) == []
+
+
+def test_the_reader_agrees_with_the_fake_quantized_model(made, blocks):
+    _, source, out = made
+    difference = verify(LANE, source, out, blocks, source_logits(source, blocks))
+    assert difference.kl_nats < LANE.kl_limit_nats(source)
+    assert difference.tokens == blocks.size
+
+
+def test_the_reader_sees_the_quantization(made, teacher, blocks):
+    _, _, out = made
+    original = source_logits(teacher, blocks)
+    assert compare(original, logits_of(read_model(out), blocks)).kl_nats > 1e-5
+
+
+def test_both_spellings_of_rope_and_an_explicit_head_size(made, teacher):
+    _, _, out = made
+    config = json.loads((out / "config.json").read_text())
+    source = json.loads((teacher.path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["head_dim"] == 16
+    quantization = config.pop("quantization_config")
+    assert config == source
+    assert quantization["quant_method"] == "modelopt"
+
+
+def test_tokenizer_and_generation_settings_are_the_source_s(made, teacher):
+    _, _, out = made
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (teacher.path / name).read_bytes()
+
+
+def test_a_tied_model_ships_one_table(made):
+    _, _, out = made
+    names = load_file(out / "model.safetensors")
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_no_path_of_this_machine_is_in_the_export(made):
+    _, source, out = made
+    for path in out.glob("*.json"):
+        assert str(source.path.parent) not in path.read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_is_copied_and_reads_back_the_same(teacher, blocks, tmp_path):
+    assert LANE.export(teacher, tmp_path) == {"quant_algo": None}
+    difference = verify(LANE, teacher, tmp_path, blocks, source_logits(teacher, blocks))
+    assert difference.kl_nats < 1e-9
+    assert difference.top1_agreement == 1.0
+
+
+def test_an_untied_model_keeps_both_tables(make_model, tokenizer_dir, blocks, tmp_path):
+    from trt_kd.checkpoints import save_model
+
+    model = make_model(tie_word_embeddings=False)
+    save_model(model, tmp_path, tokenizer_from=tokenizer_dir)
+    assert compare(logits_of(model, blocks), logits_of(read_model(tmp_path), blocks)).kl_nats < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["quantized", "checkpoint"])
+def test_check_takes_what_it_can_export(kind, teacher):
+    from trt_kd.architectures.shape import read_shape
+
+    assert LANE.check(read_shape(teacher.path), kind) == []
+    assert LANE.check(read_shape(teacher.path), "report")
+
+
+def test_the_reader_decodes(made):
+    _, _, out = made
+    backend = BACKENDS.load(LANE.backend)()
+    with backend.load(out) as session:
+        assert session.vocab_size == 512
+        assert session.logits(np.ones((2, 5), dtype=np.int64)).shape == (2, 5, 512)
+        assert len(list(session.steps([[1, 2, 3]], 4))) == 4
+
+
+# Faults planted in an export: each must be seen before an artifact stands.
+
+
+def change_config(out, **changes):
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(out, change):
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def untie(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)
+
+
+FAULTS = {
+    "rope_theta": lambda out: change_config(out, rope_theta=500000.0),
+    "rope_parameters": lambda out: change_config(
+        out, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    ),
+    "rms_norm_eps": lambda out: change_config(out, rms_norm_eps=1e-5),
+    "tie_word_embeddings": lambda out: change_config(out, tie_word_embeddings=False),
+    "head is not the embedding": lambda out: change_tensors(out, untie),
+    "weight scale": lambda out: change_tensors(
+        out, lambda t: t[f"{DOWN}.weight_scale"].mul_(1.1)
+    ),
+    "scale of zero": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.input_scale"].zero_()),
+    "scale is not a number": lambda out: change_tensors(
+        out, lambda t: t[f"{DOWN}.input_scale"].fill_(float("nan"))
+    ),
+    "missing tensor": lambda out: change_tensors(out, lambda t: t.pop(f"{DOWN}.weight")),
+    "missing scale": lambda out: change_tensors(out, lambda t: t.pop(f"{DOWN}.weight_scale")),
+    "missing input scale": lambda out: change_tensors(out, lambda t: t.pop(f"{DOWN}.input_scale")),
+    "tensor too many": lambda out: change_tensors(
+        out, lambda t: t.update({"model.extra.weight": torch.zeros(2)})
+    ),
+    "norm": lambda out: change_tensors(out, lambda t: t["model.norm.weight"].mul_(1.01)),
+    "shape": lambda out: change_tensors(
+        out, lambda t: t.update({"model.norm.weight": torch.ones(63)})
+    ),
+    "truncated": lambda out: (out / "model.safetensors").write_bytes(
+        (out / "model.safetensors").read_bytes()[:-9]
+    ),
+    "no hf_quant_config": lambda out: (out / "hf_quant_config.json").unlink(),
+    "other tokenizer": lambda out: (out / "tokenizer.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fp8, blocks, fault):
+    source, out = fp8
+    reference = source_logits(source, blocks)
+    verify(LANE, source, out, blocks, reference)
+    FAULTS[fault](out)
+    with pytest.raises(VerificationError):
+        verify(LANE, source, out, blocks, reference)
+
+
+@pytest.mark.parametrize("factor", [0.2, 8.0])
+def test_a_wrong_input_scale_shows_in_the_logits(fp8, blocks, factor):
+    source, out = fp8
+    change_tensors(out, lambda t: [t[n].mul_(factor) for n in t if n.endswith("input_scale")])
+    assert LANE.problems(source, out) == []
+    reference = source_logits(source, blocks)
+    with_fault = compare(reference, logits_of(read_model(out), blocks)).kl_nats
+    if factor < 1:  # too small a scale clips; too large a one only coarsens FP8's exponent
+        assert with_fault > LANE.kl_limit_nats(source)
+
+
+def test_two_descriptions_that_disagree_are_refused(fp8):
+    _, out = fp8
+    path = out / "hf_quant_config.json"
+    path.write_text(path.read_text().replace('"FP8"', '"NVFP4"'))
+    with pytest.raises(ModelError, match="NVFP4"):
+        read_model(out)
+
+
+def test_a_layer_said_to_be_excluded_must_not_have_scales(fp8):
+    _, out = fp8
+    for name in ("config.json", "hf_quant_config.json"):
+        path = out / name
+        path.write_text(path.read_text().replace('"lm_head"', '"lm_head", "*.o_proj"'))
+    with pytest.raises(ModelError, match="excluded"):
+        read_model(out)
+
+
+def test_the_source_is_left_as_it_was(quantized, tmp_path):
+    source = quantized("fp8")
+    LANE.export(source, tmp_path)
+    source.verify()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,21 @@
+"""A tiny model quantized in every format that this machine can calibrate."""
+
+import numpy as np
+import pytest
+
+from trt_kd.config import build_plugin
+from trt_kd.quantization import FORMATS
+
+CALIBRATED = ["fp8", "int8_smoothquant", "int8", {"kind": "int4_awq", "block_size": 64}]
+
+
+@pytest.fixture(params=CALIBRATED, ids=lambda v: v if isinstance(v, str) else v["kind"])
+def calibrated(request):
+    """One format that needs no GPU."""
+    return build_plugin(FORMATS, request.param)
+
+
+@pytest.fixture(scope="session")
+def blocks():
+    """Token ids ``[6, 32]``."""
+    return np.random.default_rng(0).integers(1, 512, (6, 32))
