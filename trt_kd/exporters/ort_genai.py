@@ -32,6 +32,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose export by the builder is checked here."""
 
 Algorithm = Literal["k_quant_mixed", "k_quant", "rtn", "default"]
+_FILES = ("model.onnx", "model.onnx.data", "genai_config.json")
 _POSITIONS = (1, 7, 63)
 
 
@@ -91,6 +92,8 @@ class OrtGenai(Exporter):
 
     def problems(self, source: Artifact, out: Path) -> list[str]:
         """See the base class: settings, sizes, norms, rotation and the bits really used."""
+        if missing := [name for name in _FILES if not (out / name).is_file()]:
+            return [f"{missing[0]} is missing"]
         config = portable_config(read_json(source.path / "config.json"))
         written = read_json(out / "genai_config.json").get("model", {})
         found = _setting_problems(config, read_shape(source.path), written, source.path)
@@ -102,7 +105,7 @@ class OrtGenai(Exporter):
 
     def _arguments(self, source: Path, out: Path, scratch: Path) -> list[str]:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        places = ["-i", str(source), "-o", str(out), "-c", str(scratch)]
+        places = ["-i", str(source), "-o", str(out), "-c", str(scratch / "cache")]
         options = ["hf_token=false"]
         if self.precision == "int4":
             options.append(f"algo_config={self.int4_algorithm}")

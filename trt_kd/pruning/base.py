@@ -55,8 +55,6 @@ class Recording:
 
     channels: "dict[str, list[Tensor]]" = field(default_factory=dict)
     """By kind of axis: per site the sum of the importance's contributions, ``[C]``."""
-    energy: "list[Tensor]" = field(default_factory=list)
-    """Per norm over the hidden size, ``[H]``: sum over tokens of each channel's share of energy."""
     influence: "list[float]" = field(default_factory=list)
     """Block influence per layer: mean over tokens of 1 - cos(input, output)."""
     runs: "list[Tensor]" = field(default_factory=list)
@@ -112,6 +110,5 @@ class Axis(Plugin, ABC):
         model: "PreTrainedModel",
         architecture: "Architecture",
         keep: "Sequence[Tensor]",
-        recording: Recording,
     ) -> None:
         """Cut ``model`` in place down to ``keep`` and write the new size into its config."""

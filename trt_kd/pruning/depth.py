@@ -23,7 +23,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import build_plugin
 from trt_kd.errors import ConfigError
 from trt_kd.pruning import IMPORTANCE
-from trt_kd.pruning.base import Axis, Importance, Recording, Site, Unit
+from trt_kd.pruning.base import Axis, Importance, Site, Unit
 from trt_kd.pruning.importance import BlockInfluence
 
 if TYPE_CHECKING:
@@ -137,7 +137,6 @@ class DepthAxis(Axis):
         model: "PreTrainedModel",
         architecture: "Architecture",
         keep: "Sequence[Tensor]",
-        recording: Recording,
     ) -> None:
         """Keep the chosen layers and renumber them."""
         (kept,) = keep

@@ -72,7 +72,7 @@ def shrink(
         measured |= _reconstruct(subject, recording, groups, keep["ffn"], ridge)
     # Channels first: what was recorded of a layer must still meet that layer.
     for axis in sorted(request.axes, key=lambda axis: axis.unit == "layers"):
-        axis.cut(model, subject.architecture, keep[axis.kind], recording)
+        axis.cut(model, subject.architecture, keep[axis.kind])
     return measured
 
 

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.pruning.base import Axis, Recording, Site, Unit
+from trt_kd.pruning.base import Axis, Site, Unit
 from trt_kd.pruning.sizes import grid
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ class FfnAxis(Axis):
         model: "PreTrainedModel",
         architecture: "Architecture",
         keep: "Sequence[Tensor]",
-        recording: Recording,
     ) -> None:
         """Drop rows of gate and up, and the matching columns of down."""
         from trt_kd.pruning.slicing import slice_linear

@@ -2,10 +2,8 @@ r"""Width of the residual stream.
 
 Source: Muralidharan et al. 2024, Minitron (arXiv:2407.14679), with one difference. An RMSNorm
 divides by the root of the mean square over all H channels; over the K kept ones that mean is
-another number, so every norm's output would change size even if only dead channels went. The mean
-square grows by :math:`r H / K`, where r is the share of the input's energy that lies in the kept
-channels (measured per norm, mean over tokens), so the weight is multiplied by :math:`\sqrt{rH/K}`.
-With dead channels (r = 1) the cut is then exact up to the norm's epsilon.
+larger if what goes is small, and every norm's output would shrink. So the weights of the norms are
+multiplied by :math:`\sqrt{H/K}`, which makes the cut of dead channels exact up to the epsilon.
 """
 
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from pydantic import PositiveInt
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.pruning.base import Axis, Recording, Site, Unit
+from trt_kd.pruning.base import Axis, Site, Unit
 from trt_kd.pruning.sizes import grid
 
 if TYPE_CHECKING:
@@ -78,7 +76,6 @@ class HiddenAxis(Axis):
         model: "PreTrainedModel",
         architecture: "Architecture",
         keep: "Sequence[Tensor]",
-        recording: Recording,
     ) -> None:
         """Slice embeddings, norms, head, and every linear that reads or writes the residual."""
         from trt_kd.pruning.slicing import slice_embedding, slice_linear, slice_norm
@@ -86,8 +83,8 @@ class HiddenAxis(Axis):
         (keep_K,) = keep
         embedding, head = architecture.embedding(model), architecture.head(model)
         tied = head.weight is embedding.weight
-        scales = norm_scales(recording, keep_K)
-        for norm, scale in zip(architecture.all_norms(model), scales, strict=True):
+        scale = (embedding.embedding_dim / keep_K.numel()) ** 0.5
+        for norm in architecture.all_norms(model):
             slice_norm(norm, keep_K, scale)
         slice_embedding(embedding, keep_K)
         slice_linear(head, keep_K, 1)
@@ -99,10 +96,3 @@ class HiddenAxis(Axis):
             for linear in architecture.writers(layer):
                 slice_linear(linear, keep_K, 0)
         architecture.record_hidden(model, keep_K.numel())
-
-
-def norm_scales(recording: Recording, keep_K: "Tensor") -> list[float]:
-    """Factor for every norm's weight: the root of the mean square's growth."""
-    shares = [float(energy_H[keep_K].sum() / energy_H.sum()) for energy_H in recording.energy]
-    growth = [energy_H.numel() / keep_K.numel() for energy_H in recording.energy]
-    return [(share * by) ** 0.5 for share, by in zip(shares, growth, strict=True)]

@@ -126,34 +126,22 @@ def _record_residual(
     layers: Layers | None,
     hook: Hook,
 ) -> None:
-    """Watch the inputs of all norms: they are the residual stream between the blocks."""
+    """Watch what enters each layer's first norm and the final one: the residual stream."""
     depth = len(architecture.layers(model))
-    norms = architecture.all_norms(model)
     stream: list[Tensor] = []  # of the present batch: the input of every layer so far
 
     def observe(index: int, state_BLH: Tensor) -> None:
-        _add_energy(recording.energy, index, state_BLH)
         if index == 0:
             stream.clear()
-        if index % 2 == 0:  # a layer has two norms; the final norm has an even index too
-            stream.append(state_BLH)
-        if index == len(norms) - 1:
+        stream.append(state_BLH)
+        if index == depth:
             recording.tokens += state_BLH.shape[0] * state_BLH.shape[1]
             _add_layers(recording, layers, stream, depth)
             stream.clear()
 
-    for index, norm in enumerate(norms):
+    firsts = [architecture.norms(layer)[0] for layer in architecture.layers(model)]
+    for index, norm in enumerate([*firsts, architecture.final_norm(model)]):
         hook(Site(norm, "input"), partial(observe, index))
-
-
-def _add_energy(energy_H: list[Tensor], index: int, state_BLH: Tensor) -> None:
-    square_BLH = state_BLH.float().square()
-    total_BL1 = square_BLH.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    share_H = (square_BLH / total_BL1).sum(dim=(0, 1)).double().cpu()
-    if index == len(energy_H):
-        energy_H.append(share_H)
-    else:
-        energy_H[index] = energy_H[index] + share_H
 
 
 def _add_layers(
@@ -196,8 +184,8 @@ def _check_finite(recording: Recording) -> None:
     for kind, totals in recording.channels.items():
         for index, total in enumerate(totals):
             _refuse(total, f"site {index} of axis {kind!r}")
-    for index, total in enumerate(recording.energy):
-        _refuse(total, f"norm {index}")
+    for index, influence in enumerate(recording.influence):
+        _refuse(torch.tensor(influence), f"layer {index}")
     for layer, total in recording.gram.items():
         _refuse(total, f"the MLP of layer {layer}")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trt_kd.checkpoints import load_model, stored_dtype
+from trt_kd.checkpoints import load_model
 from trt_kd.teachers.base import Precision, Teacher
 
 if TYPE_CHECKING:
@@ -19,19 +19,21 @@ class OnlineTeacher(Teacher):
     def load(self, directory: Path, *, precision: Precision) -> "PreTrainedModel":
         """See the base class.
 
-        For bf16 training a float32 checkpoint keeps its norms and embeddings in float32 and has
-        its linear layers cast once: what autocast would do again in every step. A 16-bit
-        checkpoint is held in bfloat16 throughout.
+        For bf16 training linear layers are cast once, while norms and embeddings are float32:
+        bit for bit what autocast over float32 weights would give, without its casts in every step.
         """
         import torch
         from torch import nn
 
-        half = precision == "bf16" and stored_dtype(directory) in {"bfloat16", "float16"}
-        model = load_model(directory, dtype="bfloat16" if half else "float32")
+        model = load_model(directory, dtype="float32" if precision == "fp32" else None)
         model.requires_grad_(False)
-        if precision == "bf16" and not half:
+        if precision == "bf16":
             embedding = model.get_input_embeddings().weight
             for module in model.modules():
-                if isinstance(module, nn.Linear) and module.weight is not embedding:
-                    module.to(torch.bfloat16)
+                if not list(module.children()):
+                    linear = isinstance(module, nn.Linear) and module.weight is not embedding
+                    for parameter in module.parameters():
+                        parameter.data = parameter.data.to(
+                            torch.bfloat16 if linear else torch.float32
+                        )
         return model
