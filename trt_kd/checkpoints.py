@@ -119,9 +119,7 @@ def load_gguf(path: Path, tokenizer_out: Path, *, dtype: str) -> "PreTrainedMode
     require("gguf", extra="quickstart")
     auto: Any = AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-        )
+        model = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, KeyError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -154,9 +154,7 @@ FAULTS = {
     "rms_norm_eps": lambda out: change_config(out, rms_norm_eps=1e-5),
     "tie_word_embeddings": lambda out: change_config(out, tie_word_embeddings=False),
     "head is not the embedding": lambda out: change_tensors(out, untie),
-    "weight scale": lambda out: change_tensors(
-        out, lambda t: t[f"{DOWN}.weight_scale"].mul_(1.1)
-    ),
+    "weight scale": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.weight_scale"].mul_(1.1)),
     "scale of zero": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.input_scale"].zero_()),
     "scale is not a number": lambda out: change_tensors(
         out, lambda t: t[f"{DOWN}.input_scale"].fill_(float("nan"))

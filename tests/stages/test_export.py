@@ -14,7 +14,7 @@ from trt_kd.stages.quantize import QuantizeConfig, quantize
 
 @pytest.fixture(scope="module")
 def data(text_file):
-    return {"source": {"kind": "text", "paths": [str(text_file)]}, "block_tokens": 32}
+    return {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_bad_export_leaves_nothing_behind(quantized, data, tmp_path, monkeypat
 def test_an_export_beyond_its_limit_leaves_nothing_behind(quantized, data, tmp_path, monkeypatch):
     from trt_kd.exporters.hf_unified import HfUnified
 
-    monkeypatch.setattr(HfUnified, "kl_limit_nats", lambda *_: 1e-12)
+    monkeypatch.setattr(HfUnified, "kl_limit_nats", lambda *_: -1.0)
     with pytest.raises(VerificationError, match=r"strays from its source: mean KL .* nats"):
         export(config_of(data, "hf-unified"), source=quantized, out=tmp_path / "e")
     assert not list(tmp_path.iterdir())

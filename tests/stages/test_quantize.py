@@ -13,7 +13,7 @@ from trt_kd.stages.quantize import QuantizeConfig, quantize
 def settings(text_file):
     return {
         "format": "fp8",
-        "data": {"source": {"kind": "text", "paths": [str(text_file)]}, "block_tokens": 32},
+        "data": {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32},
         "calibration_tokens": 100,
         "heldout_blocks": 2,
     }

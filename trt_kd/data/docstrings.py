@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import platform
 import sysconfig
 import warnings
@@ -28,17 +29,26 @@ class StdlibDocstrings(DataSource):
 
     def fingerprint(self) -> str:
         """Version of Python with the names and sizes of its modules: systems ship fewer or more."""
-        root = Path(sysconfig.get_path("stdlib"))
-        sizes = [
-            f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _modules(root)
-        ]
-        digest = hashlib.sha256("\n".join(sizes).encode()).hexdigest()
-        return f"{platform.python_implementation()} {platform.python_version()} {digest[:16]}"
+        return _fingerprint(Path(sysconfig.get_path("stdlib")))
 
 
-def _modules(root: Path) -> list[Path]:
-    paths = sorted(root.rglob("*.py"))
-    return [path for path in paths if LEFT_OUT.isdisjoint(path.relative_to(root).parts)]
+@cache
+def _fingerprint(root: Path) -> str:
+    sizes = [
+        f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _modules(root)
+    ]
+    digest = hashlib.sha256("\n".join(sizes).encode()).hexdigest()
+    return f"{platform.python_implementation()} {platform.python_version()} {digest[:16]}"
+
+
+@cache
+def _modules(root: Path) -> tuple[Path, ...]:
+    """Modules below ``root``, sorted; folders left out are not entered: they may be huge."""
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return tuple(sorted(paths))
 
 
 @cache

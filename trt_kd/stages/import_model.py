@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import PositiveInt, model_validator
 from typing_extensions import Self
 
+from trt_kd.architectures.gguf import read_gguf_header
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import (
@@ -108,8 +109,8 @@ class ImportConfig(StageConfig):
         shape: ModelShape | None
         if path is not None and (path / "config.json").is_file():
             shape = read_shape(path)
-        elif path is not None and path.suffix == ".gguf" and find_spec("gguf"):
-            shape = gguf_shape(path)
+        elif path is not None and path.suffix == ".gguf" and path.is_file():
+            shape = read_gguf_header(path).shape()
         elif self.expect is not None:
             shape = self.expect.shape()
         else:
@@ -144,7 +145,7 @@ def import_model(config: ImportConfig, *, out: Path) -> Artifact:
         draft.metrics["parameters"] = shape.parameters
         draft.metrics["parameters_by_part"] = dict(shape.parts())
         if path.suffix == ".gguf":
-            draft.metrics["license"] = gguf_field(path, "general.license")
+            draft.metrics["license"] = read_gguf_header(path).metadata.get("general.license")
     return Artifact.open(out, expect="checkpoint")
 
 
@@ -230,38 +231,6 @@ def _compare(config: ImportConfig, shape: ModelShape) -> None:
         f"{config.source} has {', '.join(wrong)}",
         hint="correct import.expect in the recipe, or the source",
     )
-
-
-def gguf_shape(path: Path) -> ModelShape | None:
-    """Sizes from the header of a GGUF file of the llama family; None for another family."""
-    gguf = require("gguf", extra="quickstart")
-    reader = gguf.GGUFReader(path)
-
-    def count(name: str) -> int:
-        found = reader.get_field(f"llama.{name}")
-        return int(found.contents()) if found is not None else 0
-
-    hidden, heads = count("embedding_length"), count("attention.head_count")
-    if not hidden or not heads:
-        return None
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    return ModelShape(
-        model_type="llama",
-        layers=count("block_count"),
-        hidden=hidden,
-        ffn=count("feed_forward_length"),
-        heads=heads,
-        kv_heads=count("attention.head_count_kv") or heads,
-        head_dim=count("attention.key_length") or hidden // heads,
-        vocab=int(tensors["token_embd.weight"].shape[1]),
-        tied="output.weight" not in tensors,
-    )
-
-
-def gguf_field(path: Path, name: str) -> str | None:
-    """Text of one field in the header of a GGUF file; None where it has none."""
-    found = require("gguf", extra="quickstart").GGUFReader(path).get_field(name)
-    return None if found is None else str(found.contents())
 
 
 def fingerprint(path: Path) -> str:
