@@ -30,6 +30,7 @@ def blocks():
 @pytest.fixture(scope="session")
 def quantized(teacher, blocks, tmp_path_factory):
     """Quantized artifacts of the teacher by format, each made when first asked for."""
+    from trt_kd.exporters.comparison import compare, logits_of
     from trt_kd.quantization.calibration import calibrate
     from trt_kd.quantization.storage import save_quantized
 
@@ -39,11 +40,14 @@ def quantized(teacher, blocks, tmp_path_factory):
         if name not in made:
             plugin = build_plugin(FORMATS, CALIBRATED[name])
             model = load_model(teacher.path)
+            before = list(logits_of(model, blocks))
             calibrate(model, plugin, blocks)
+            kl = compare(before, logits_of(model, blocks)).kl_nats
             out = tmp_path_factory.mktemp("quantized") / name
             config = Made(format=plugin.model_dump())
             with writing(out, kind="quantized", config=config, inputs={}) as draft:
                 save_quantized(model, teacher, draft.path)
+                draft.metrics["kl_to_source_nats"] = kl
             made[name] = Artifact.open(out)
         return made[name]
 

@@ -155,6 +155,7 @@ FAULTS = {
     "tie_word_embeddings": lambda out: change_config(out, tie_word_embeddings=False),
     "head is not the embedding": lambda out: change_tensors(out, untie),
     "weight scale": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.weight_scale"].mul_(1.1)),
+    "input scale": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.input_scale"].mul_(3)),
     "scale of zero": lambda out: change_tensors(out, lambda t: t[f"{DOWN}.input_scale"].zero_()),
     "scale is not a number": lambda out: change_tensors(
         out, lambda t: t[f"{DOWN}.input_scale"].fill_(float("nan"))
@@ -187,15 +188,11 @@ def test_a_planted_fault_is_seen(fp8, blocks, fault):
         verify(LANE, source, out, blocks, reference)
 
 
-@pytest.mark.parametrize("factor", [0.2, 8.0])
-def test_a_wrong_input_scale_shows_in_the_logits(fp8, blocks, factor):
+def test_an_input_scale_too_small_shows_in_the_logits_alone(fp8, blocks):
     source, out = fp8
-    change_tensors(out, lambda t: [t[n].mul_(factor) for n in t if n.endswith("input_scale")])
-    assert LANE.problems(source, out) == []
-    reference = source_logits(source, blocks)
-    with_fault = compare(reference, logits_of(read_model(out), blocks)).kl_nats
-    if factor < 1:  # too small a scale clips; too large a one only coarsens FP8's exponent
-        assert with_fault > LANE.kl_limit_nats(source)
+    change_tensors(out, lambda t: [t[n].mul_(0.2) for n in t if n.endswith("input_scale")])
+    logits = logits_of(read_model(out), blocks)
+    assert compare(source_logits(source, blocks), logits).kl_nats > LANE.kl_limit_nats(source)
 
 
 def test_two_descriptions_that_disagree_are_refused(fp8):

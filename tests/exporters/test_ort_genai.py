@@ -11,7 +11,6 @@ import pytest
 from trt_kd.architectures.shape import read_shape
 from trt_kd.config import validate
 from trt_kd.errors import ConfigError, MissingDependencyError, ModelError, VerificationError
-from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.ort_genai import OrtGenai, end_of_text
 from trt_kd.exporters.verification import source_logits, verify
 
@@ -219,3 +218,32 @@ def test_bits_that_were_not_written_are_seen(exported, teacher, blocks):
     _, _, out = exported("fp32")
     with pytest.raises(VerificationError, match="100% in 32 bits"):
         verify(OrtGenai(precision="int4"), teacher, out, blocks, source_logits(teacher, blocks))
+
+
+def test_the_builder_runs_though_transformers_lacks_a_class(tmp_path, monkeypatch):
+    from trt_kd.exporters.genai_builder import run
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "ran"
+    (tmp_path / "asks_for_news.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import AutoConfig, OfTomorrow, OfNextWeek\n"
+        f"Path({str(out)!r}).write_text(OfTomorrow.__name__ + OfNextWeek.__name__)\n"
+    )
+    import transformers
+
+    try:
+        run("asks_for_news")
+    finally:
+        for name in ("OfTomorrow", "OfNextWeek"):
+            vars(transformers).pop(name, None)
+    assert out.read_text() == "OfTomorrowOfNextWeek"
+
+
+def test_other_import_errors_are_not_hidden(tmp_path, monkeypatch):
+    from trt_kd.exporters.genai_builder import run
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "asks_for_more.py").write_text("from json import no_such_name\n")
+    with pytest.raises(ImportError, match="no_such_name"):
+        run("asks_for_more")

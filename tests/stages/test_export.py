@@ -93,7 +93,7 @@ def test_a_bad_export_leaves_nothing_behind(quantized, data, tmp_path, monkeypat
         return metrics
 
     monkeypatch.setattr(HfUnified, "export", other_rotation)
-    with pytest.raises(VerificationError, match="rope_theta is 500000.0"):
+    with pytest.raises(VerificationError, match=r"rope_theta is 500000\.0"):
         export(config_of(data, "hf-unified"), source=quantized, out=tmp_path / "e")
     assert not list(tmp_path.iterdir())
 

@@ -56,7 +56,11 @@ def prepare_logging() -> None:
         ours.addHandler(handler)
         ours.propagate = False
     if not Settings.debug:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if not sys.stderr.isatty():
+            quiet["TQDM_DISABLE"] = "1"
+        for name, value in quiet.items():
+            os.environ.setdefault(name, value)
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
         warnings.simplefilter("ignore")
         logging.getLogger().setLevel(logging.ERROR)

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SCALES = {"weight_scale", "input_scale", "pre_quant_scale"}
+_LARGEST_CODE = {"FP8": 448.0, "W8A8_SQ_PER_CHANNEL": 127.0}
+_SCALE_FACTOR = 2.0
 
 
 def problems(source: Path, out: Path, *, weight_error_limit: float | None) -> list[str]:
     """What speaks against ``out`` being ``source``; empty if nothing does.
 
     With a ``weight_error_limit`` every dequantized weight must be that close to the source's in
-    relative Frobenius norm, and every tensor that is not quantized must be equal.
+    relative Frobenius norm, smoothing applied to both, and every other tensor must be equal.
     """
     try:
         quantization = read_quantization(out)
@@ -35,6 +37,12 @@ def problems(source: Path, out: Path, *, weight_error_limit: float | None) -> li
             found += _name_problems(before, after, quantization)
             for name in sorted(set(before) & set(after)):
                 found += _tensor_problems(name, before, after, quantization, weight_error_limit)
+        if quantization is not None:
+            with (
+                open_tensors(source, only=QUANTIZERS) as calibrated,
+                open_tensors(out) as after,
+            ):
+                found += _input_scale_problems(calibrated, after, quantization.algorithm)
     except ModelError as error:
         return [str(error)]
     return found
@@ -102,13 +110,31 @@ def _quantized_problems(
             return [f"{module}.{part} is not a positive number everywhere"]
     if limit is None:
         return []
-    weight_OI = weight_of(after, module, algorithm)
-    if f"{module}.pre_quant_scale" in after:
-        weight_OI = weight_OI * after[f"{module}.pre_quant_scale"].float()
+    weight_OI, expected = weight_of(after, module, algorithm), source_OI.float()
     if weight_OI.shape != source_OI.shape:
         return [f"{module}.weight has shape {list(weight_OI.shape)}, not the source's"]
-    expected = source_OI.float()
+    if f"{module}.pre_quant_scale" in after:
+        expected = expected / after[f"{module}.pre_quant_scale"].float()
     error = float(torch.linalg.norm(weight_OI - expected) / torch.linalg.norm(expected))
     if not error <= limit:
         return [f"{module}.weight is {error:.1%} away from the source, limit {limit:.0%}"]
     return []
+
+
+def _input_scale_problems(calibrated: Tensors, after: Tensors, algorithm: str) -> list[str]:
+    """Static input scales that are not what calibration saw, fused partners allowed for."""
+    if algorithm not in _LARGEST_CODE:
+        return []
+    found = []
+    for name in calibrated:
+        module, _, rest = name.partition(".input_quantizer.")
+        if rest != "_amax":
+            continue
+        if f"{module}.input_scale" not in after:
+            found.append(f"tensor {module}.input_scale is missing")
+            continue
+        expected = float(calibrated[name]) / _LARGEST_CODE[algorithm]
+        ratio = float(after[f"{module}.input_scale"]) / expected
+        if not 1 / _SCALE_FACTOR < ratio < _SCALE_FACTOR:
+            found.append(f"{module}.input_scale is {ratio:.3g} times what calibration saw")
+    return found

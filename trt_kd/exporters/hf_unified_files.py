@@ -105,8 +105,10 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 @contextmanager
-def open_tensors(directory: Path, *, leave_out: str | None = None) -> Iterator[Tensors]:
-    """Open the weight files of ``directory``, without the file named ``leave_out``.
+def open_tensors(
+    directory: Path, *, only: str = "*.safetensors", leave_out: str | None = None
+) -> Iterator[Tensors]:
+    """Open the weight files of ``directory`` that match ``only``, but for ``leave_out``.
 
     Raises:
         ModelError: if a file is missing or damaged, or a tensor stands in two files.
@@ -118,7 +120,7 @@ def open_tensors(directory: Path, *, leave_out: str | None = None) -> Iterator[T
     check_weights(directory)
     files: dict[str, Any] = {}
     with ExitStack() as stack:
-        for path in sorted(directory.glob("*.safetensors")):
+        for path in sorted(directory.glob(only)):
             if path.name == leave_out:
                 continue
             try:

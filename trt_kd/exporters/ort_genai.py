@@ -34,6 +34,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 Algorithm = Literal["k_quant_mixed", "k_quant", "rtn", "default"]
 _FILES = ("model.onnx", "model.onnx.data", "genai_config.json")
 _POSITIONS = (1, 7, 63)
+_BUILDER = Path(__file__).with_name("genai_builder.py").resolve()
 
 
 class OrtGenai(Exporter):
@@ -104,7 +105,7 @@ class OrtGenai(Exporter):
         return {"fp32": 1e-5, "int8": 0.05, "int4": 0.5}[self.precision]
 
     def _arguments(self, source: Path, out: Path, scratch: Path) -> list[str]:
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        builder = [sys.executable, str(_BUILDER)]
         places = ["-i", str(source), "-o", str(out), "-c", str(scratch / "cache")]
         options = ["hf_token=false"]
         if self.precision == "int4":
@@ -128,7 +129,11 @@ class OrtGenai(Exporter):
             "int8": low >= 0.5 and 4 not in shares,
             "int4": low >= 0.5 and shares.get(4, 0.0) > 0,
         }[self.precision]
-        return [] if good else [f"asked for {self.precision}, but weights are stored {told}"]
+        mixed = self.precision == "int4" and self.int4_algorithm == "k_quant_mixed"
+        if good and not (mixed and 8 not in shares):
+            return []
+        asked = f"int4 by {self.int4_algorithm}" if self.precision == "int4" else self.precision
+        return [f"asked for {asked}, but weights are stored {told}"]
 
 
 def _run(arguments: list[str], scratch: Path) -> None:

@@ -12,9 +12,9 @@ class QuantizationFormat(Plugin, ABC):
     """A number format for weights and activations, and the algorithm that sets its scales."""
 
     export_kl_limit_nats: ClassVar[float]
-    """Largest mean KL per token of an export to the quantized model it was made from."""
+    """What an export may add to twice the KL of quantization itself, in mean nats per token."""
     weight_error_limit: ClassVar[float | None]
-    """Largest relative Frobenius error of an exported weight to its source; None: not compared."""
+    """Largest relative Frobenius error of an exported weight; None: weights are not compared."""
 
     @abstractmethod
     def check(self, shape: ModelShape) -> list[str]:

@@ -20,7 +20,7 @@ class Int4Awq(QuantizationFormat):
     block_size: Literal[64, 128] = 128
     """Weights that share one scale; every input width must be a multiple of it."""
 
-    export_kl_limit_nats: ClassVar[float] = 0.5
+    export_kl_limit_nats: ClassVar[float] = 0.02
     weight_error_limit: ClassVar[float | None] = None
 
     def check(self, shape: ModelShape) -> list[str]:

@@ -15,10 +15,11 @@ class Int8SmoothQuant(QuantizationFormat):
     """INT8 per output channel for weights, per tensor for activations smoothed into them."""
 
     kind: Literal["int8_smoothquant"] = "int8_smoothquant"
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the activations' range moved into the weights; 1 moves all of it."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the activations' range moved into the weights; 1, Model Optimizer's default, moves
+    all of it. On SmolLM2-135M quantization costs 0.11 nats at 1, 0.30 at 0.5 (the paper's)."""
 
-    export_kl_limit_nats: ClassVar[float] = 0.1
+    export_kl_limit_nats: ClassVar[float] = 0.02
     weight_error_limit: ClassVar[float | None] = 0.1
 
     def check(self, shape: ModelShape) -> list[str]:
@@ -36,7 +37,7 @@ class Int8(QuantizationFormat):
 
     kind: Literal["int8"] = "int8"
 
-    export_kl_limit_nats: ClassVar[float] = 0.1
+    export_kl_limit_nats: ClassVar[float] = 0.02
     weight_error_limit: ClassVar[float | None] = 0.1
 
     def check(self, shape: ModelShape) -> list[str]:

@@ -41,7 +41,7 @@ def save_quantized(model: "PreTrainedModel", source: Artifact, out: Path) -> Non
         state |= {f"{name}.{key}": value.detach().contiguous() for key, value in tensors.items()}
         if type(quantizer).__name__ == "StaticBlockScaleQuantizer":
             promoted.append(name)
-    metadata = {"format": "pt", "static_block_scale": json.dumps(promoted)}
+    metadata = {"static_block_scale": json.dumps(promoted)}  # one key: their order is random
     copies = {name: tensor.cpu().clone() for name, tensor in state.items()}
     save_file(copies, out / QUANTIZERS, metadata)
 
