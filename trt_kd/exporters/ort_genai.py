@@ -79,9 +79,9 @@ class OrtGenai(Exporter):
         """See the base class."""
         for module in ("onnxruntime_genai", "onnx_ir", "onnx"):
             require(module, extra="onnx")
-        scratch = out / "scratch"
-        scratch.mkdir()
-        _run(self._arguments(source.path.resolve(), out.resolve(), scratch.resolve()), scratch)
+        scratch = (out / "scratch").resolve()
+        _builder_input(source, scratch / "source")
+        _run(self._arguments(scratch / "source", out.resolve(), scratch), scratch)
         shutil.rmtree(scratch)
         copy_tokenizer(source.path, out)
         _restore_end_of_text(source.path, out)
@@ -134,6 +134,22 @@ class OrtGenai(Exporter):
             return []
         asked = f"int4 by {self.int4_algorithm}" if self.precision == "int4" else self.precision
         return [f"asked for {asked}, but weights are stored {told}"]
+
+
+def _builder_input(source: Artifact, place: Path) -> None:
+    """Make a view of the checkpoint that the builder reads under either transformers.
+
+    Under 4.57 it stumbles over a ``rope_scaling`` that is null, so the rotation stands there too.
+    """
+    place.mkdir(parents=True)
+    for name in source.manifest.files:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to((source.path / name).resolve())
+    config = portable_config(read_json(source.path / "config.json"))
+    if config.get("rope_scaling") is None and isinstance(config.get("rope_parameters"), dict):
+        config["rope_scaling"] = config["rope_parameters"]
+    (place / "config.json").unlink()
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _run(arguments: list[str], scratch: Path) -> None:
