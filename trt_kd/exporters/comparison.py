@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_TOKENS = 1024
+
+
 @dataclass(frozen=True)
 class Difference:
     """Distance of a model's predictions to a reference's, over ``tokens`` positions."""
@@ -53,13 +56,19 @@ def compare(reference: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> Dif
 
 
 def logits_of(model: "PreTrainedModel", blocks_NL: np.ndarray) -> Iterator[np.ndarray]:
-    """Logits ``[1, L, V]`` in float32 of each block, one at a time."""
+    """Logits ``[1, L, V]`` in float32 of each block.
+
+    Several blocks share a pass: a simulated format rounds every weight anew in each.
+    """
     import torch
 
-    for block in blocks_NL:
+    together = max(1, _TOKENS // blocks_NL.shape[1])
+    for start in range(0, len(blocks_NL), together):
         with torch.inference_mode():
-            ids = torch.as_tensor(block, device=model.device)[None]
-            yield model(ids, use_cache=False).logits.float().cpu().numpy()
+            ids = torch.as_tensor(blocks_NL[start : start + together], device=model.device)
+            logits_BLV = model(ids, use_cache=False).logits.float().cpu().numpy()
+        for logits_LV in logits_BLV:
+            yield logits_LV[None]
 
 
 def _kl_sum(expected_LV: np.ndarray, actual_LV: np.ndarray) -> float:

@@ -9,8 +9,9 @@ from trt_kd.quantization.base import QuantizationFormat, alignment_problems, pre
 class Fp8(QuantizationFormat):
     """Weights and activations of every projection in FP8 E4M3, static scales per tensor.
 
-    The export keeps one input scale for query, key and value and one for gate and up. On
-    SmolLM2-135M that moves the logits by 0.0003 nats, and the weights by 2.6 %.
+    On SmolLM2-135M quantization costs 0.037 nats. Its export is 0.031 nats from the simulated
+    model, but no further from the source (0.039): it rounds some bfloat16 weights to the other
+    neighbour.
     """
 
     kind: Literal["fp8"] = "fp8"

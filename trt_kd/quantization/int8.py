@@ -12,12 +12,15 @@ from trt_kd.quantization.base import QuantizationFormat, alignment_problems, pre
 
 
 class Int8SmoothQuant(QuantizationFormat):
-    """INT8 per output channel for weights, per tensor for activations smoothed into them."""
+    """INT8 per output channel for weights, per tensor for activations smoothed into them.
+
+    On SmolLM2-135M quantization costs 0.11 nats, and the export is 0.006 from the simulated model.
+    """
 
     kind: Literal["int8_smoothquant"] = "int8_smoothquant"
     alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the activations' range moved into the weights; 1, Model Optimizer's default, moves
-    all of it. On SmolLM2-135M quantization costs 0.11 nats at 1, 0.30 at 0.5 (the paper's)."""
+    all of it. At 0.5, the paper's, quantization of SmolLM2-135M costs 0.30 nats."""
 
     export_kl_limit_nats: ClassVar[float] = 0.02
     weight_error_limit: ClassVar[float | None] = 0.1
@@ -33,7 +36,10 @@ class Int8SmoothQuant(QuantizationFormat):
 
 
 class Int8(QuantizationFormat):
-    """INT8 per output channel for weights, per tensor for activations, not smoothed."""
+    """INT8 per output channel for weights, per tensor for activations, not smoothed.
+
+    The baseline that smoothing is measured against: on SmolLM2-135M it costs 0.95 nats.
+    """
 
     kind: Literal["int8"] = "int8"
 
