@@ -1,11 +1,11 @@
 """Tiny exports for the runtimes that are installed."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from trt_kd.exporters.ort_genai import OrtGenai
 
 FIXTURES = {"ort-genai": "ort_export"}
 """Which fixture makes a backend's export; the others load a stock checkpoint."""
@@ -16,14 +16,8 @@ def ort_export(teacher, tmp_path_factory) -> Path:
     """The tiny teacher as an fp32 export of ONNX Runtime GenAI's own builder."""
     pytest.importorskip("onnxruntime_genai")
     out = tmp_path_factory.mktemp("exports") / "ort"
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["-i", str(teacher.path), "-o", str(out), "-p", "fp32", "-e", "cpu"]
-    done = subprocess.run(
-        [*builder, *options], check=False, capture_output=True, text=True, timeout=300
-    )
-    if done.returncode and "from 'transformers'" in done.stderr:
-        pytest.skip("this builder needs a newer transformers; the runtime itself does not")
-    assert done.returncode == 0, done.stderr
+    out.mkdir()
+    OrtGenai(precision="fp32").export(teacher, out)
     return out
 
 
