@@ -19,6 +19,9 @@ help:
 	@echo "make clean       remove environments; runs stay"
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
+	  "error: the pinned versions need Python 3.11 or 3.12, this is " + sys.version.split()[0] + \
+	  "\n  hint: make PYTHON=python3.11; on 3.10 use pip install without the pins")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(TEACHER)

@@ -8,10 +8,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.errors import ModelError
+from trt_kd.optional import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,6 +132,21 @@ def load_gguf(path: Path, tokenizer_out: Path, *, dtype: str) -> "PreTrainedMode
         ) from error
     tokenizer.save_pretrained(tokenizer_out)
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers, which opens a GGUF file four times, parse its header once.
+
+    Parsing takes seconds: the vocabulary stands in it token by token.
+    """
+    gguf = require("gguf", extra="quickstart")
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def check_config(directory: Path) -> None:

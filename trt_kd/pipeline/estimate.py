@@ -21,6 +21,8 @@ TRAINING_SHARE = 1.2
 """The same of a bfloat16 training step, whose matrix products are faster than float32 ones."""
 BASE_MEMORY_BYTES = 700_000_000
 """A Python process with torch loaded."""
+TOKENS_PER_ITEM = 60
+"""Tokens behind one item of our own tasks, shared prefixes read once."""
 START_S = 4.0
 """Loading libraries and a model."""
 
@@ -92,9 +94,10 @@ def _import(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     seconds = forward_s(teacher, config.calibration_tokens)
-    gram = 4.0 * teacher.layers * teacher.ffn**2 if config.reconstruct else 0.0
-    seconds += 2 * config.calibration_tokens * gram / 4 / matrix_flops_per_s()
-    return seconds, 4.0 * teacher.parameters + gram, 2.0 * model.parameters
+    if config.reconstruct:
+        gram_flops = 2.0 * config.calibration_tokens * teacher.layers * teacher.ffn**2
+        seconds += gram_flops / matrix_flops_per_s()
+    return seconds, float(config.memory_bytes(teacher)), 2.0 * model.parameters
 
 
 def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
@@ -123,7 +126,8 @@ def _export(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 
 def _evaluate(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    tokens = 2 * config.blocks * config.data.block_tokens + config.items * len(config.tasks) * 200
+    tokens = 2 * config.blocks * config.data.block_tokens
+    tokens += config.items * len(config.tasks) * TOKENS_PER_ITEM
     return forward_s(model, tokens), 4.0 * (model.parameters + teacher.parameters), 1e5
 
 

