@@ -140,7 +140,7 @@ def _parsed_once() -> Iterator[None]:
 
     Parsing takes seconds: the vocabulary stands in it token by token.
     """
-    gguf = require("gguf", extra="quickstart")
+    gguf: Any = require("gguf", extra="quickstart")
     reader = gguf.GGUFReader
     gguf.GGUFReader = cache(reader)
     try:
