@@ -1,5 +1,7 @@
 # trt-kd with all that the quickstart needs, on the CPU build of torch.
 # Build from the repository's root: docker build -f containers/cpu.Dockerfile -t trt-kd:cpu .
+# pip's default index brings torch with several GB of CUDA libraries on x86-64; where you have an
+# index of CPU builds, name it: --build-arg TORCH_INDEX=URL
 FROM python:3.12-slim
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
@@ -11,9 +13,9 @@ RUN apt-get update \
 
 WORKDIR /opt/trt-kd
 COPY containers/constraints.txt containers/teacher-requirements.txt containers/
+ARG TORCH_INDEX=""
 RUN pip install --no-deps --require-hashes -r containers/teacher-requirements.txt \
- && pip install --index-url https://download.pytorch.org/whl/cpu \
-      --extra-index-url https://pypi.org/simple \
+ && pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
       -c containers/constraints.txt torch
 
 COPY pyproject.toml README.md LICENSE ./

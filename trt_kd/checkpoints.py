@@ -71,7 +71,7 @@ def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel
 
 def stored_dtype(directory: Path) -> str:
     """Name of the torch dtype that the ``config.json`` of ``directory`` gives its weights."""
-    config = _read(directory / "config.json")
+    config = read_json(directory / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
@@ -157,7 +157,7 @@ def check_config(directory: Path) -> None:
     """
     from trt_kd.architectures import architecture_of
 
-    config = _read(directory / "config.json")
+    config = read_json(directory / "config.json")
     if "auto_map" in config:
         raise ModelError(
             f"{directory} asks for code of its own (auto_map in config.json)",
@@ -177,11 +177,11 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 def make_portable(directory: Path) -> None:
     """Rewrite the JSON files of a checkpoint so that transformers 4.57 and 5 read the same."""
-    config = _read(directory / "config.json")
+    config = read_json(directory / "config.json")
     _write(directory / "config.json", portable_config(config))
     path = directory / "tokenizer_config.json"
     if path.is_file():
-        tokenizer = _read(path)
+        tokenizer = read_json(path)
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":
             tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
             _write(path, tokenizer)
@@ -233,7 +233,7 @@ def _weight_names(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(path.name for path in directory.glob("*.safetensors"))
-    names = sorted(set(_read(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"{index} points outside its directory: {name!r}")
@@ -264,7 +264,12 @@ def _check_header(path: Path) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: if the file is absent or damaged.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -188,7 +188,7 @@ def torch_build_check(*, gpu_present: bool) -> Check:
             name,
             "warn",
             f"{version}, a CPU build, on a machine with a GPU",
-            "pip install torch from https://download.pytorch.org/whl/ for your CUDA version",
+            "install the build of torch for your CUDA version, see pytorch.org",
         )
     if cuda is not None and not gpu_present:
         return Check(

@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, Kind
 from trt_kd.artifacts.manifest import Metric
-from trt_kd.checkpoints import copy_tokenizer, make_portable
+from trt_kd.checkpoints import copy_tokenizer, make_portable, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
-from trt_kd.exporters.hf_unified_files import read_json, read_quantization
+from trt_kd.exporters.hf_unified_files import read_quantization
 
 
 class HfUnified(Exporter):

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_kd.checkpoints import TOKENIZER_FILES, portable_config
+from trt_kd.checkpoints import TOKENIZER_FILES, portable_config, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.hf_unified_files import (
     WEIGHT_TYPES,
     Quantization,
     Tensors,
     open_tensors,
-    read_json,
     read_quantization,
 )
 from trt_kd.exporters.hf_unified_reader import weight_of

@@ -1,6 +1,5 @@
 """The files of a unified Hugging Face checkpoint: headers, tensors and quantization settings."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trt_kd.checkpoints import check_weights
+from trt_kd.checkpoints import check_weights, read_json
 from trt_kd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -61,23 +60,6 @@ def read_quantization(directory: Path) -> Quantization | None:
             hint=f"known: {', '.join(WEIGHT_TYPES)}",
         )
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ModelError: if the file is absent or damaged.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return loaded
 
 
 class Tensors(Mapping[str, "Tensor"]):

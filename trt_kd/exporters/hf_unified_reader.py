@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trt_kd.backends.base import Backend, Session
+from trt_kd.checkpoints import read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.hf_unified_files import (
     Quantization,
     Tensors,
     open_tensors,
-    read_json,
     read_quantization,
 )
 from trt_kd.optional import require

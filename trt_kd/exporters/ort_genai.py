@@ -20,10 +20,9 @@ from typing_extensions import Self
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, Kind
 from trt_kd.artifacts.manifest import Metric
-from trt_kd.checkpoints import copy_tokenizer, portable_config
+from trt_kd.checkpoints import copy_tokenizer, portable_config, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
-from trt_kd.exporters.hf_unified_files import read_json
 from trt_kd.optional import require
 
 log = logging.getLogger(__name__)
