@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from typing_extensions import Self
+
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, Kind
 from trt_kd.artifacts.manifest import Metric
@@ -34,6 +36,10 @@ class Exporter(Plugin, ABC):
     @abstractmethod
     def problems(self, source: Artifact, out: Path) -> list[str]:
         """What the written files themselves say against the export, before any model is run."""
+
+    def rehearsal(self) -> Self:
+        """The same lane without what costs time and decides nothing but the weights' values."""
+        return self
 
     @abstractmethod
     def kl_limit_nats(self, source: Artifact) -> float:

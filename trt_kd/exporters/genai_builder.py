@@ -34,5 +34,6 @@ def run(module: str, added: frozenset[str] = frozenset()) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # a third of the start, never used
     sys.path.pop(0)  # the folder of this file, whose modules must not stand in for others
     run("onnxruntime_genai.models.builder")

@@ -100,6 +100,10 @@ class OrtGenai(Exporter):
         found = _setting_problems(config, read_shape(source.path), written, source.path)
         return found + _graph_problems(config, out) + self._bit_problems(out)
 
+    def rehearsal(self) -> Self:
+        """Round to nearest: the search for better 4-bit weights takes half of an export."""
+        return self.model_copy(update={"int4_algorithm": "rtn"} if self.precision == "int4" else {})
+
     def kl_limit_nats(self, source: Artifact) -> float:
         """See the base class."""
         return {"fp32": 1e-5, "int8": 0.05, "int4": 0.5}[self.precision]

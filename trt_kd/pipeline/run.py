@@ -85,6 +85,7 @@ def _bring(
         log.error("%s: failed after %.0f s", where, perf_counter() - start)
         raise
     gc.collect()
+    gc.freeze()  # what is left are libraries; later collections need not walk through them
     log.info("%s: %.0f s", where, perf_counter() - start)
     return artifact
 

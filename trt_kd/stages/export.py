@@ -38,8 +38,8 @@ class ExportConfig(StageConfig):
         return self.data.outside()
 
     def rehearsal(self) -> Self:
-        """Compare one block."""
-        return self.model_copy(update={"verify_blocks": 1})
+        """The lane without its searches, one block compared."""
+        return self.model_copy(update={"lane": self.lane.rehearsal(), "verify_blocks": 1})
 
 
 def export(config: ExportConfig, *, source: Artifact, out: Path) -> Artifact:
