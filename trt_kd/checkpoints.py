@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trt_kd.architectures import ARCHITECTURES, architecture_of
 from trt_kd.errors import ModelError
 from trt_kd.optional import require
 
@@ -41,6 +42,7 @@ def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel
         ModelError: if a file is missing or damaged, or keys are missing, unexpected or misshapen.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +56,7 @@ def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{directory} cannot be loaded: {reason}",
@@ -159,8 +161,6 @@ def check_config(directory: Path) -> None:
     Raises:
         ModelError: naming the architecture or the key.
     """
-    from trt_kd.architectures import architecture_of
-
     config = read_json(directory / "config.json")
     if "auto_map" in config:
         raise ModelError(
@@ -211,7 +211,10 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         plain = scaling.get("rope_type", "default") == "default"
         result["rope_scaling"] = None if plain else scaling
-    return result
+    model_type = str(result.get("model_type"))
+    if model_type not in ARCHITECTURES.names():
+        return result
+    return architecture_of(model_type).portable(result)
 
 
 def check_weights(directory: Path) -> None:

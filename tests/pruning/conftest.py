@@ -1,39 +1,38 @@
 """Tiny decoders of every supported family, and calibration blocks."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 SIZES = {
-    "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
 
 
 @pytest.fixture(scope="session")
-def make_decoder():
+def families():
+    """The script that builds tiny models of every family and tries its axes."""
+    spec = spec_from_file_location("families_table", SCRIPT)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_decoder(families):
     """Build a tiny random decoder of a model type; keyword arguments go into its config."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(model_type: str = "llama", **changes):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **SIZES | changes)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():  # norms and biases start as ones and zeros, which hides mistakes
-            for name, parameter in model.named_parameters():
-                if "norm" in name or name.endswith("bias"):
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-        return model
+        plain = {"attention_bias": None, "mlp_bias": None} if model_type == "llama" else {}
+        return families.tiny(model_type, **SIZES | plain | changes)
 
     return make
 

@@ -38,6 +38,15 @@ def test_export_config_alone_cuts_with_default_axes(make_decoder, blocks):
     assert result["best"]["kept_sizes"] == sizes
 
 
+def test_heads_are_counted_as_in_the_config(make_decoder, blocks):
+    """Eight heads in four groups: two groups of one head each stay."""
+    sizes = {"num_attention_heads": 2, "num_query_groups": 2}
+    decoder = make_decoder(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    model, result = prune(decoder, blocks, {"export_config": sizes})
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 2)
+    assert result["best"]["kept_sizes"] == sizes
+
+
 @pytest.mark.parametrize("limit", ["80%", 0.8])
 def test_params_is_a_share_or_a_number(make_decoder, blocks, limit):
     model = make_decoder()
@@ -51,7 +60,7 @@ def test_params_is_a_share_or_a_number(make_decoder, blocks, limit):
     ("constraints", "what"),
     [
         ({"flops": "50%"}, "unsupported constraints"),
-        ({"export_config": {"num_attention_heads": 2}}, "disagree on num_attention_heads"),
+        ({"export_config": {"mamba_num_heads": 2}}, "disagree on mamba_num_heads"),
         ({"export_config": {"ffn_hidden_size": 100}}, "off the grid"),
     ],
 )

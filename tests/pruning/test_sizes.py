@@ -36,11 +36,18 @@ def test_explicit_sizes_replace_the_models():
 @pytest.mark.parametrize("axis", [FfnAxis(), HiddenAxis(), DepthAxis()])
 @pytest.mark.parametrize("share", [0.95, 0.82, 0.6])
 def test_a_share_gives_the_largest_legal_size_that_fits(axis, share):
-    planned = planned_shape([axis], share, SMOLLM2)
-    assert planned.parameters <= share * SMOLLM2.parameters
+    shape = replace(SMOLLM2, model_type="mistral")
+    planned = planned_shape([axis], share, shape)
+    assert planned.parameters <= share * shape.parameters
     size = getattr(planned, axis.shape_field)
-    larger = next(legal for legal in axis.legal(SMOLLM2) if legal > size)
-    assert replace(planned, **{axis.shape_field: larger}).parameters > share * SMOLLM2.parameters
+    larger = next(legal for legal in axis.legal(shape) if legal > size)
+    assert replace(planned, **{axis.shape_field: larger}).parameters > share * shape.parameters
+
+
+def test_a_hidden_size_that_the_family_refuses_is_not_solved_for():
+    """No multiple of 64 below 576 is one of nine heads, and a Llama's config wants that."""
+    with pytest.raises(ModelError, match="cannot bring the model to"):
+        planned_shape([HiddenAxis()], 0.8, SMOLLM2)
 
 
 def test_a_share_of_four_fifths_of_smollm2_is_a_width_of_960():
@@ -117,7 +124,7 @@ def test_a_plan_needs_no_torch():
 
 
 def test_a_rehearsal_suits_the_twin_of_two_layers():
-    twin = replace(SMOLLM2, layers=2)
+    twin = replace(SMOLLM2, layers=2, model_type="mistral")
     for settings in (
         {"axes": ["ffn"], "parameters_share": 0.8},
         {"axes": ["hidden"], "parameters_share": 0.6},

@@ -14,10 +14,18 @@ if TYPE_CHECKING:
 ARCHITECTURES: Registry["type[Architecture]"] = Registry(
     "architecture",
     {
-        "llama": "trt_kd.architectures.llama:LlamaLike",
+        "llama": "trt_kd.architectures.llama:Llama",
         "mistral": "trt_kd.architectures.llama:LlamaLike",
         "qwen2": "trt_kd.architectures.llama:LlamaLike",
         "qwen3": "trt_kd.architectures.llama:LlamaLike",
+        "smollm3": "trt_kd.architectures.llama:LlamaLike",
+        "olmo2": "trt_kd.architectures.olmo:Olmo2",
+        "gemma2": "trt_kd.architectures.gemma:Gemma2",
+        "gemma3_text": "trt_kd.architectures.gemma:Gemma3",
+        "phi3": "trt_kd.architectures.phi:Phi3",
+        "gpt_neox": "trt_kd.architectures.neox:GptNeoX",
+        "mixtral": "trt_kd.architectures.mixtral:Mixtral",
+        "qwen3_moe": "trt_kd.architectures.qwen_moe:Qwen3Moe",
     },
 )
 

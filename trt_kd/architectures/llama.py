@@ -1,95 +1,117 @@
-"""Decoders built like Llama: Llama, Mistral, Qwen2 (biases on q, k, v), Qwen3 (norms on q, k)."""
+"""Decoders built like Llama: Llama, Mistral, Qwen2 (biases on q, k, v), Qwen3 (norms on q, k).
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+SmolLM3 too, which has no rotary positions in some layers: the config's list of them is cut along.
+"""
 
-from trt_kd.architectures.base import Architecture, Attention, Mlp
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from trt_kd.architectures.base import (
+    Architecture,
+    Attention,
+    Mlp,
+    Slice,
+    columns,
+    norm_slices,
+    rows,
+    update,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Per-layer lists that a config may hold: one entry for every layer.
-_PER_LAYER = ("layer_types", "mlp_layer_types")
-
 
 class LlamaLike(Architecture):
     """RMSNorm before attention and before a gated MLP, one residual stream, rotary positions."""
 
-    def layers(self, model: "PreTrainedModel") -> "nn.ModuleList":
-        """See the base class."""
-        return cast("nn.ModuleList", model.get_submodule("model.layers"))
+    norm_names: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    attention_readers: ClassVar[tuple[str, ...]] = tuple(f"self_attn.{n}_proj" for n in "qkv")
+    """Linears of a layer that turn the residual stream into queries, keys and values."""
+    attention_writer: ClassVar[str] = "self_attn.o_proj"
+    mlp_readers: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_writer: ClassVar[str] = "mlp.down_proj"
+    config_names: ClassVar[Mapping[str, str]] = {
+        "ffn": "intermediate_size",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "vocab": "vocab_size",
+    }
+    """What the fields of ``ModelShape`` are called in a config."""
+    module_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "ffn": ("intermediate_size",),
+        "hidden": ("hidden_size", "hidden_dim"),
+        "heads": ("num_heads", "num_attention_heads"),
+        "kv_heads": ("num_key_value_heads",),
+        "vocab": ("vocab_size",),
+    }
+    """Attributes of modules that repeat them."""
 
-    def embedding(self, model: "PreTrainedModel") -> "nn.Embedding":
+    def norms(self, layer: "nn.Module") -> "tuple[nn.Module, ...]":
         """See the base class."""
-        return cast("nn.Embedding", model.get_submodule("model.embed_tokens"))
+        return tuple(layer.get_submodule(name) for name in self.norm_names)
 
-    def final_norm(self, model: "PreTrainedModel") -> "nn.Module":
+    def mlp(self, layer: "nn.Module") -> Mlp | None:
         """See the base class."""
-        return model.get_submodule("model.norm")
-
-    def head(self, model: "PreTrainedModel") -> "nn.Linear":
-        """See the base class."""
-        return cast("nn.Linear", model.get_submodule("lm_head"))
-
-    def mlp(self, layer: "nn.Module") -> Mlp:
-        """See the base class."""
-        return Mlp(*_linears(layer, "mlp", ("gate_proj", "up_proj", "down_proj")))
+        if self.experts(layer) is not None:
+            return None
+        down = _linear(layer, self.mlp_writer)
+        readers = [_linear(layer, name) for name in self.mlp_readers]
+        makers = [entry for linear in readers for entry in rows(linear, down.in_features)]
+        return Mlp(tuple(makers), down)
 
     def attention(self, layer: "nn.Module") -> Attention:
         """See the base class."""
-        return Attention(*_linears(layer, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")))
+        q, k, v = (_linear(layer, name) for name in self.attention_readers)
+        head_dim = cast("int", layer.get_submodule("self_attn").head_dim)
+        heads, kv_heads = q.out_features // head_dim, k.out_features // head_dim
+        return Attention(
+            query=rows(q, heads),
+            key_value=(*rows(k, kv_heads), *rows(v, kv_heads)),
+            o=_linear(layer, self.attention_writer),
+            heads=heads,
+            kv_heads=kv_heads,
+        )
 
-    def norms(self, layer: "nn.Module") -> "tuple[nn.Module, nn.Module]":
+    def residual(self, layer: "nn.Module") -> "tuple[Slice, ...]":
         """See the base class."""
-        before_attention = layer.get_submodule("input_layernorm")
-        return before_attention, layer.get_submodule("post_attention_layernorm")
+        experts = self.experts(layer)
+        readers = self.attention_readers + (self.mlp_readers if experts is None else ())
+        writers = (self.attention_writer, *([self.mlp_writer] if experts is None else []))
+        found = [entry for norm in self.norms(layer) for entry in norm_slices(norm)]
+        linears = [_linear(layer, name) for name in readers]
+        found += [columns(linear, linear.in_features) for linear in linears]
+        for linear in (_linear(layer, name) for name in writers):
+            found += rows(linear, linear.out_features)
+        return (*found, *(() if experts is None else experts.residual))
 
-    def record_ffn(self, model: "PreTrainedModel", size: int) -> None:
-        """See the base class."""
-        model.config.intermediate_size = size
-        for layer in self.layers(model):
-            _update(layer.get_submodule("mlp"), "intermediate_size", size)
+    def after_hidden(self, model: "PreTrainedModel", before: int, after: int) -> None:
+        """Nothing to do: the code derives nothing from the hidden size."""
 
-    def record_hidden(self, model: "PreTrainedModel", size: int) -> None:
+    def record(self, model: "PreTrainedModel", **sizes: int) -> None:
         """See the base class."""
         config = model.config
         if not getattr(config, "head_dim", None):
             config.head_dim = config.hidden_size // config.num_attention_heads
-        config.hidden_size = size
-        self.embedding(model).embedding_dim = size
-        for layer in self.layers(model):
-            for module in (layer, layer.get_submodule("mlp"), layer.get_submodule("self_attn")):
-                _update(module, "hidden_size", size)
-
-    def keep_layers(self, model: "PreTrainedModel", kept: Sequence[int]) -> None:
-        """See the base class."""
-        from torch import nn
-
-        layers = self.layers(model)
-        chosen = nn.ModuleList([layers[index] for index in kept])
-        for index, layer in enumerate(chosen):
-            _update(layer.get_submodule("self_attn"), "layer_idx", index)
-        model.get_submodule("model").layers = chosen
-        _keep_in_config(model.config, kept)
+        for size, value in sizes.items():
+            before = getattr(config, self.config_names[size])
+            setattr(config, self.config_names[size], value)
+            for module in model.modules():
+                for attribute in self.module_names[size]:
+                    if getattr(module, attribute, None) == before:
+                        setattr(module, attribute, value)
+        if hasattr(config, "num_key_value_heads"):
+            groups = config.num_attention_heads // config.num_key_value_heads
+            for module in model.modules():
+                update(module, "num_key_value_groups", groups)
 
 
-def _keep_in_config(config: Any, kept: Sequence[int]) -> None:
-    for name in _PER_LAYER:
-        entries = getattr(config, name, None)
-        if isinstance(entries, list):
-            setattr(config, name, [entries[index] for index in kept])
-    # The layers before this number attend to everything, the ones after it to a window.
-    full = getattr(config, "max_window_layers", None)
-    if full is not None:
-        config.max_window_layers = sum(index < full for index in kept)
-    config.num_hidden_layers = len(kept)
+class Llama(LlamaLike):
+    """Llama: the same, and a config that wants the hidden size to be a multiple of the heads."""
+
+    whole_heads: ClassVar[bool] = True
 
 
-def _linears(layer: "nn.Module", block: str, names: tuple[str, ...]) -> "list[nn.Linear]":
-    return [cast("nn.Linear", layer.get_submodule(f"{block}.{name}")) for name in names]
-
-
-def _update(module: "nn.Module", attribute: str, value: int) -> None:
-    if hasattr(module, attribute):
-        setattr(module, attribute, value)
+def _linear(layer: "nn.Module", name: str) -> "nn.Linear":
+    return cast("nn.Linear", layer.get_submodule(name))

@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 AXES: Registry["type[Axis]"] = Registry(
     "pruning axis",
+    # In the order of the cuts: heads within groups before groups, channels of experts before
+    # experts, layers last.
     {
         "ffn": "trt_kd.pruning.ffn:FfnAxis",
+        "heads": "trt_kd.pruning.heads:HeadsAxis",
+        "kv_heads": "trt_kd.pruning.heads:KvHeadsAxis",
+        "expert_ffn": "trt_kd.pruning.experts:ExpertFfnAxis",
+        "experts": "trt_kd.pruning.experts:ExpertsAxis",
         "hidden": "trt_kd.pruning.hidden:HiddenAxis",
         "depth": "trt_kd.pruning.depth:DepthAxis",
     },

@@ -1,6 +1,6 @@
 """What an axis and an importance are; importing it needs no torch.
 
-Shapes: B sequences, L tokens, C channels of a site, H hidden, S sites (places of one axis).
+Shapes: B sequences, L tokens, C channels of a site, H hidden.
 """
 
 from abc import ABC, abstractmethod
@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import PositiveInt
 from typing_extensions import Self
 
-from trt_kd.architectures.shape import ModelShape
+from trt_kd.architectures.shape import ModelShape, shape_from_config
 from trt_kd.config import Plugin
+from trt_kd.pruning.sizes import grid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Generator, Tensor, nn
     from transformers import PreTrainedModel
 
-    from trt_kd.architectures.base import Architecture
+    from trt_kd.architectures.base import Architecture, Slice
+    from trt_kd.pruning.ridge import Gram
 
 Unit = Literal["channels", "layers"]
 
@@ -43,24 +48,45 @@ class Importance(Plugin, ABC):
 
 @dataclass
 class Site:
-    """A module whose input or output shows the channels of an axis at work."""
+    """A module whose input or output shows the units of an axis at work."""
 
     module: "nn.Module"
     side: Literal["input", "output"]
+    width: int = 1
+    """Neighbouring channels that make one unit; a unit's size is their L2 norm."""
+    read: "Callable[[Tensor], Tensor] | None" = None
+    """Turns what passes there into one number per unit in its last dimension, if need be."""
+
+
+@dataclass
+class Place:
+    """Units that are ranked among each other, and every parameter that follows them."""
+
+    sites: tuple[Site, ...]
+    slices: "tuple[Slice, ...]"
+    layer: int | None = None
+    """The layer it lies in; None if it runs through all of them."""
+    consumer: "nn.Linear | None" = None
+    """The projection that reads the units, which can be refit to those that are kept."""
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return self.slices[-1].units
 
 
 @dataclass
 class Recording:
     """What the hooked passes saw of the unpruned model, in float64 unless it says otherwise."""
 
-    channels: "dict[str, list[Tensor]]" = field(default_factory=dict)
-    """By kind of axis: per site the sum of the importance's contributions, ``[C]``."""
+    channels: "dict[str, list[list[Tensor]]]" = field(default_factory=dict)
+    """By kind of axis: per place and site the sum of the importance's contributions, ``[C]``."""
     influence: "list[float]" = field(default_factory=list)
     """Block influence per layer: mean over tokens of 1 - cos(input, output)."""
     runs: "list[Tensor]" = field(default_factory=list)
     """Per first layer of a run of the axis' length: the sum of contributions, ``[]``."""
-    gram: "dict[int, Tensor]" = field(default_factory=dict)
-    """By layer, float32: Gram matrix of the inputs of its down projection, ``[C, C]``."""
+    gram: "dict[nn.Module, Gram]" = field(default_factory=dict)
+    """By projection: Gram matrices of its inputs."""
     tokens: int = 0
     """Calibration tokens of the scoring pass."""
 
@@ -71,14 +97,14 @@ class Axis(Plugin, ABC):
     constraint: ClassVar[str]
     """Its key in ModelOpt's ``export_config``."""
     shape_field: ClassVar[str]
-    """Its field of ``ModelShape``."""
+    """Its field of ``ModelShape``, counted as that constraint counts it."""
     unit: ClassVar[Unit]
     """What it cuts."""
 
     @property
     @abstractmethod
     def is_open(self) -> bool:
-        """Whether its size is left to be solved from a share of the parameters."""
+        """Whether its size is left to be solved from a budget."""
 
     @abstractmethod
     def target(self, shape: ModelShape) -> int:
@@ -89,6 +115,14 @@ class Axis(Plugin, ABC):
         """Sizes it can take, ascending; the last one is the present size."""
 
     @abstractmethod
+    def read(self, shape: ModelShape) -> int:
+        """Its size in ``shape``."""
+
+    @abstractmethod
+    def write(self, shape: ModelShape, size: int) -> ModelShape:
+        """``shape`` with that size and all that follows from it."""
+
+    @abstractmethod
     def resized(self, size: int) -> Self:
         """The same axis with its size settled."""
 
@@ -97,12 +131,8 @@ class Axis(Plugin, ABC):
         """The same axis for a model of two layers."""
 
     @abstractmethod
-    def sites(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Site]:
-        """Where its channels show; none for an axis that cuts layers."""
-
-    @abstractmethod
     def keep(self, scores: "list[Tensor]", shape: ModelShape) -> "list[Tensor]":
-        """Indices to keep, ascending, one tensor per place where they differ."""
+        """Indices to keep, ascending, one tensor per place."""
 
     @abstractmethod
     def cut(
@@ -112,3 +142,71 @@ class Axis(Plugin, ABC):
         keep: "Sequence[Tensor]",
     ) -> None:
         """Cut ``model`` in place down to ``keep`` and write the new size into its config."""
+
+
+class WidthAxis(Axis):
+    """An axis that cuts channels, or runs of them, out of every layer."""
+
+    unit: ClassVar[Unit] = "channels"
+    size: PositiveInt | None = None
+    """Size after pruning; open: solved from a budget."""
+    multiple_of: PositiveInt = 64
+    """Tile of the matrix units and of block-wise quantization; off the grid saves no time."""
+
+    @abstractmethod
+    def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
+        """Where its units lie, first layer to last."""
+
+    @property
+    def is_open(self) -> bool:
+        """See the base class."""
+        return self.size is None
+
+    def target(self, shape: ModelShape) -> int:
+        """See the base class."""
+        return self.size or self.read(shape)
+
+    def legal(self, shape: ModelShape) -> list[int]:
+        """See the base class."""
+        return grid(self.read(shape), self.multiple_of)
+
+    def read(self, shape: ModelShape) -> int:
+        """See the base class."""
+        return int(getattr(shape, self.shape_field))
+
+    def write(self, shape: ModelShape, size: int) -> ModelShape:
+        """See the base class."""
+        return shape.with_sizes(**{self.shape_field: size})
+
+    def resized(self, size: int) -> Self:
+        """See the base class."""
+        return self.model_copy(update={"size": size})
+
+    def rehearsed(self) -> Self:
+        """See the base class."""
+        return self
+
+    def keep(self, scores: "list[Tensor]", shape: ModelShape) -> "list[Tensor]":
+        """The best units of every place by its own scores."""
+        from trt_kd.pruning.slicing import best
+
+        return [best(scores_C, self.target(shape)) for scores_C in scores]
+
+    def cut(
+        self,
+        model: "PreTrainedModel",
+        architecture: "Architecture",
+        keep: "Sequence[Tensor]",
+    ) -> None:
+        """See the base class."""
+        from trt_kd.pruning.slicing import cut
+
+        for place, keep_K in zip(self.places(model, architecture), keep, strict=True):
+            cut(place.slices, keep_K, norm_offset=architecture.norm_offset)
+        self.write_config(model, architecture)
+
+    def write_config(self, model: "PreTrainedModel", architecture: "Architecture") -> None:
+        """Write the size asked for into the config and the modules of ``model``."""
+        before = shape_from_config(model.config.to_dict())
+        after = self.write(before, self.target(before))
+        architecture.record(model, **after.changes(before))

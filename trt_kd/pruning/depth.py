@@ -23,7 +23,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import build_plugin
 from trt_kd.errors import ConfigError
 from trt_kd.pruning import IMPORTANCE
-from trt_kd.pruning.base import Axis, Importance, Site, Unit
+from trt_kd.pruning.base import Axis, Importance, Unit
 from trt_kd.pruning.importance import BlockInfluence
 
 if TYPE_CHECKING:
@@ -95,6 +95,18 @@ class DepthAxis(Axis):
         """See the base class."""
         return list(range(1, shape.layers + 1))
 
+    def read(self, shape: ModelShape) -> int:
+        """See the base class."""
+        return shape.layers
+
+    def write(self, shape: ModelShape, size: int) -> ModelShape:
+        """See the base class; of layers that differ as many of each kind stay as before."""
+        return shape.with_sizes(
+            layers=size,
+            window_layers=round(shape.window_layers * size / shape.layers),
+            dense_layers=round(shape.dense_layers * size / shape.layers),
+        )
+
     def resized(self, size: int) -> Self:
         """See the base class."""
         return self if self.drop is not None else self.model_copy(update={"layers": size})
@@ -102,10 +114,6 @@ class DepthAxis(Axis):
     def rehearsed(self) -> Self:
         """One of two layers stays."""
         return self.model_copy(update={"layers": 1, "drop": None})
-
-    def sites(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Site]:
-        """None: layers are judged by the residual stream around them."""
-        return []
 
     def run_length(self, shape: ModelShape) -> int:
         """Layers that are judged together: all that go if they go as one run, else one."""

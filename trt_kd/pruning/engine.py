@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.base import Architecture
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.pruning.base import Axis, Importance, Recording
+from trt_kd.pruning import AXES
+from trt_kd.pruning.base import Axis, Importance, Place, Recording, WidthAxis
 from trt_kd.pruning.depth import DepthAxis
-from trt_kd.pruning.reconstruction import Reconstruct, refit_layers, write_refits
+from trt_kd.pruning.reconstruction import Reconstruct, kept_inputs, refit_all, write_refits
+from trt_kd.pruning.ridge import PLAIN
 from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_gram
 
 
@@ -27,20 +29,37 @@ class Request:
     reconstruct: Reconstruct | None
     seed: int
 
-    def gram_groups(self, shape: ModelShape) -> list[list[int]]:
-        """Layers whose Gram matrices are held at once; one empty group where none is needed."""
-        cuts_ffn = any(axis.kind == "ffn" and axis.target(shape) < shape.ffn for axis in self.axes)
-        if self.reconstruct is None or not cuts_ffn:
-            return [[]]
-        return self.reconstruct.groups(shape)
 
-
-@dataclass
 class _Subject:
-    model: PreTrainedModel
-    architecture: Architecture
-    forward_loop: ForwardLoop
-    shape: ModelShape
+    """A model under the knife, with the places that its axes cut."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward_loop: ForwardLoop,
+        request: Request,
+        shape: ModelShape,
+    ) -> None:
+        self.model, self.forward_loop = model, forward_loop
+        self.request, self.shape = request, shape
+        self.architecture: Architecture = architecture_of(shape.model_type)
+        self.places: dict[str, list[Place]] = {
+            axis.kind: axis.places(model, self.architecture)
+            for axis in request.axes
+            if isinstance(axis, WidthAxis)
+        }
+        self.consumers: list[nn.Linear] = []
+        self.groups: list[list[int]] = [[]]
+        if request.reconstruct is not None:
+            cut = [axis.kind for axis in request.axes if axis.target(shape) < axis.read(shape)]
+            found = [place.consumer for kind in cut for place in self.places.get(kind, ())]
+            self.consumers = list(dict.fromkeys(each for each in found if each is not None))
+            widths = [consumer.in_features for consumer in self.consumers]
+            self.groups = request.reconstruct.groups(widths)
+
+    def group(self, number: int) -> list[nn.Linear]:
+        """Projections whose Gram matrices are held at once."""
+        return [self.consumers[index] for index in self.groups[number]]
 
 
 def shrink(
@@ -53,44 +72,46 @@ def shrink(
     Raises:
         ModelError: if activations or a refit are not finite.
     """
-    subject = _Subject(model, architecture_of(shape.model_type), forward_loop, shape)
-    groups = request.gram_groups(shape)
+    subject = _Subject(model, forward_loop, request, shape)
     started = time.perf_counter()
-    recording = _score(subject, request, groups[0])
+    recording = _score(subject)
     pass_s = time.perf_counter() - started
     keep = _choose(request, recording, shape)
-    measured = {
+    measured: dict[str, Any] = {
         "importance_pass_s": pass_s,
         "calibration_tokens": recording.tokens,
         "block_influence": recording.influence,
-        "kept_sizes": {axis.constraint: axis.target(shape) for axis in request.axes},
+        "kept_sizes": _kept_sizes(request.axes, shape),
     }
     if "depth" in keep:
         measured["kept_layers"] = keep["depth"][0].tolist()
-    if request.reconstruct is not None and groups != [[]]:
-        ridge = request.reconstruct.ridge
-        measured |= _reconstruct(subject, recording, groups, keep["ffn"], ridge)
-    # Channels first: what was recorded of a layer must still meet that layer.
-    for axis in sorted(request.axes, key=lambda axis: axis.unit == "layers"):
+    if request.reconstruct is not None and subject.consumers:
+        measured |= _reconstruct(subject, request.reconstruct, recording, keep)
+    # In the registry's order: what was recorded of a part must still meet that part.
+    order = AXES.names()
+    for axis in sorted(request.axes, key=lambda axis: order.index(axis.kind)):
         axis.cut(model, subject.architecture, keep[axis.kind])
     return measured
 
 
-def _score(subject: _Subject, request: Request, gram_layers: Sequence[int]) -> Recording:
-    channels = {
-        axis.kind: (request.importance, axis.sites(subject.model, subject.architecture))
-        for axis in request.axes
-        if axis.unit == "channels"
-    }
+def _kept_sizes(axes: Sequence[Axis], shape: ModelShape) -> dict[str, int]:
+    planned = shape
+    for axis in axes:
+        planned = axis.write(planned, axis.target(shape))
+    return {axis.constraint: getattr(planned, axis.shape_field) for axis in axes}
+
+
+def _score(subject: _Subject) -> Recording:
+    request = subject.request
     depth = [axis for axis in request.axes if isinstance(axis, DepthAxis)]
     layers = [Layers(axis.importance, axis.run_length(subject.shape)) for axis in depth]
     return record(
         subject.model,
         subject.architecture,
         subject.forward_loop,
-        channels=channels,
+        channels={kind: (request.importance, found) for kind, found in subject.places.items()},
         layers=layers[0] if layers else None,
-        gram_layers=gram_layers,
+        consumers=subject.group(0),
     )
 
 
@@ -98,29 +119,36 @@ def _choose(request: Request, recording: Recording, shape: ModelShape) -> dict[s
     generator = torch.Generator().manual_seed(request.seed)
     keep = {}
     for axis in request.axes:
-        importance = axis.importance if isinstance(axis, DepthAxis) else request.importance
-        totals = recording.runs if axis.unit == "layers" else recording.channels[axis.kind]
-        scores = [importance.scores(total, generator) for total in totals]
+        if isinstance(axis, DepthAxis):
+            scores = [axis.importance.scores(total, generator) for total in recording.runs]
+        else:
+            scores = [
+                torch.stack([request.importance.scores(total, generator) for total in totals]).sum(
+                    0
+                )
+                for totals in recording.channels[axis.kind]
+            ]
         keep[axis.kind] = axis.keep(scores, shape)
     return keep
 
 
 def _reconstruct(
     subject: _Subject,
+    reconstruct: Reconstruct,
     recording: Recording,
-    groups: list[list[int]],
-    keep: list[Tensor],
-    ridge: float,
+    keep: dict[str, list[Tensor]],
 ) -> dict[str, Any]:
     """Refit group by group on the unpruned model, then write all solutions."""
-    model, architecture = subject.model, subject.architecture
-    refits = refit_layers(model, architecture, recording.gram, keep, ridge)
+    inputs = kept_inputs(subject.places, keep)
+    refits = refit_all(recording.gram, inputs, reconstruct)
     recording.gram.clear()
-    for layers in groups[1:]:
-        gram_CC = record_gram(model, architecture, subject.forward_loop, layers)
-        refits |= refit_layers(model, architecture, gram_CC, keep, ridge)
-    write_refits(model, architecture, refits, keep)
+    for number in range(1, len(subject.groups)):
+        grams = record_gram(subject.model, subject.forward_loop, subject.group(number))
+        refits |= refit_all(grams, inputs, reconstruct)
+    write_refits(refits, inputs)
+    ordered = [refits[consumer] for consumer in subject.consumers]
     return {
-        "reconstruction_residual": [refits[layer].residual for layer in sorted(refits)],
-        "plain_residual": [refits[layer].plain_residual for layer in sorted(refits)],
+        "reconstruction_residual": [each.residual for each in ordered],
+        "plain_residual": [each.plain_residual for each in ordered],
+        "reconstruction_ridge": [None if each.ridge == PLAIN else each.ridge for each in ordered],
     }

@@ -1,8 +1,9 @@
 """ModelOpt prune mode ``hf_minitron``: Minitron pruning of stock Hugging Face decoders.
 
 Importing this module registers the mode beside NVIDIA's ``mcore_minitron``, and both take the same
-constraints: ``export_config`` with ``ffn_hidden_size``, ``hidden_size`` and ``num_layers``, or
-``params`` as a number or ``"80%"``::
+constraints: ``export_config`` with ``ffn_hidden_size``, ``hidden_size``, ``num_attention_heads``,
+``num_layers``, ``num_moe_experts`` and ``moe_ffn_hidden_size``, or ``params`` as a number or
+``"80%"``. Here ``num_query_groups`` can shrink too, with its query heads::
 
     mtp.prune(model, mode=[("hf_minitron", {"axes": [...]})], dummy_input=None,
               constraints={"export_config": {"ffn_hidden_size": 1024}},
@@ -184,11 +185,16 @@ def _axes(
     if unknown := wanted.keys() ^ {axis.constraint for axis in axes}:
         raise ConfigError(
             f"{NAME}: export_config and axes disagree on {', '.join(sorted(unknown))}",
-            hint="export_config takes ffn_hidden_size, hidden_size and num_layers, "
-            "one for every axis",
+            hint=f"export_config takes {', '.join(constraints_known())}, one for every axis",
         )
-    axes = [axis.resized(wanted[axis.constraint]) for axis in axes]
+    asked = shape.with_sizes(**{axis.shape_field: wanted[axis.constraint] for axis in axes})
+    axes = [axis.resized(axis.read(asked)) for axis in axes]
     return settled(axes, fitted_shape(axes, None, shape))
+
+
+def constraints_known() -> list[str]:
+    """Keys of ``export_config``, in the order of the axes."""
+    return [AXES.load(name).constraint for name in AXES.names()]
 
 
 def _plugin(registry: Registry[type[P]], value: object) -> P:

@@ -1,75 +1,95 @@
-"""After an MLP lost channels, refit its down projection to do the most with what is left."""
+"""After a projection lost inputs, refit it to do the most with what is left."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
-from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+    from torch import Tensor, nn
 
-    from trt_kd.architectures.base import Architecture
-    from trt_kd.pruning.ridge import Refit
+    from trt_kd.pruning.base import Place
+    from trt_kd.pruning.ridge import Gram, Refit
 
 
 class Reconstruct(StrictModel):
-    """One ridge regression per layer, from the unpruned model's activations; see ``ridge.py``."""
+    """One ridge regression per projection, from the unpruned model's activations; see ``ridge.py``.
 
-    ridge: PositiveFloat = 0.01
-    """Pull towards the plain cut, as a share of the mean squared activation."""
+    It serves down projections after an MLP cut, and output projections after a cut of heads.
+    """
+
+    ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1, 1.0)
+    """Pulls towards the plain cut to choose from, as shares of the mean squared activation."""
     memory_gib: PositiveFloat = 4.0
-    """Limit for the Gram matrices held at once; more layers than fit cost more forward passes."""
+    """Limit for the Gram matrices held at once; more than fit cost more forward passes."""
 
-    def groups(self, shape: ModelShape) -> list[list[int]]:
-        """Layers whose Gram matrices (float32) are held at once; at least one a group."""
-        size = max(1, int(self.memory_gib * 2**30) // gram_bytes(shape))
-        return [
-            list(range(first, min(first + size, shape.layers)))
-            for first in range(0, shape.layers, size)
-        ]
+    def groups(self, widths: Sequence[int]) -> list[list[int]]:
+        """Numbers of the projections, by their ``widths``, whose matrices are held at once."""
+        groups: list[list[int]] = [[]]
+        held = 0
+        for number, width in enumerate(widths):
+            if groups[-1] and held + gram_bytes(width) > self.memory_gib * 2**30:
+                groups.append([])
+                held = 0
+            groups[-1].append(number)
+            held += gram_bytes(width)
+        return groups
 
-    def memory_bytes(self, shape: ModelShape) -> int:
+    def memory_bytes(self, widths: Sequence[int]) -> int:
         """Most bytes it holds at once: one group's matrices and one solution in float64."""
-        return len(self.groups(shape)[0]) * gram_bytes(shape) + 6 * gram_bytes(shape)
+        if not widths:
+            return 0
+        held = [
+            sum(gram_bytes(widths[number]) for number in group) for group in self.groups(widths)
+        ]
+        return max(held) + 6 * gram_bytes(max(widths))
 
 
-def gram_bytes(shape: ModelShape) -> int:
-    """Bytes of one layer's Gram matrix in float32."""
-    return 4 * shape.ffn**2
+def gram_bytes(width: int) -> int:
+    """Bytes of the two Gram matrices of a projection of ``width`` inputs, in float32."""
+    return 2 * 4 * width**2
 
 
-def refit_layers(
-    model: "PreTrainedModel",
-    architecture: "Architecture",
-    gram_CC: "Mapping[int, Tensor]",
-    keep: "Sequence[Tensor]",
-    ridge: float,
-) -> "dict[int, Refit]":
-    """Solve for the down projection of every layer in ``gram_CC``; the model stays as it is."""
+def kept_inputs(
+    places: "Mapping[str, Sequence[Place]]", keep: "Mapping[str, Sequence[Tensor]]"
+) -> "dict[nn.Linear, Tensor]":
+    """Indices of the inputs that every projection keeps once all its axes are cut."""
+    import torch
+
+    masks: dict[nn.Linear, Tensor] = {}
+    for kind, found in places.items():
+        for place, keep_K in zip(found, keep[kind], strict=True):
+            if place.consumer is None:
+                continue
+            inputs = place.consumer.in_features
+            units = torch.zeros(place.units, dtype=torch.bool)
+            units[keep_K.cpu()] = True
+            mask = masks.setdefault(place.consumer, torch.ones(inputs, dtype=torch.bool))
+            mask &= units.repeat_interleave(inputs // place.units)
+    return {consumer: mask.nonzero().flatten() for consumer, mask in masks.items()}
+
+
+def refit_all(
+    grams: "Mapping[nn.Module, Gram]",
+    keep: "Mapping[nn.Linear, Tensor]",
+    reconstruct: Reconstruct,
+) -> "dict[nn.Linear, Refit]":
+    """Solve for every projection in ``grams``; the model stays as it is."""
     from trt_kd.pruning.ridge import refit
 
-    layers = architecture.layers(model)
     return {
-        layer: refit(architecture.mlp(layers[layer]).down.weight, gram, keep[layer], ridge)
-        for layer, gram in gram_CC.items()
+        consumer: refit(consumer.weight, grams[consumer], keep_K, reconstruct.ridges)
+        for consumer, keep_K in keep.items()
+        if consumer in grams
     }
 
 
-def write_refits(
-    model: "PreTrainedModel",
-    architecture: "Architecture",
-    refits: "Mapping[int, Refit]",
-    keep: "Sequence[Tensor]",
-) -> None:
+def write_refits(refits: "Mapping[nn.Linear, Refit]", keep: "Mapping[nn.Linear, Tensor]") -> None:
     """Put the solutions into the columns that will be kept, so that any order of cuts works."""
     import torch
 
-    layers = architecture.layers(model)
     with torch.no_grad():
-        for layer, solution in refits.items():
-            weight = architecture.mlp(layers[layer]).down.weight
-            weight[:, keep[layer]] = solution.weight.to(weight)
+        for consumer, solution in refits.items():
+            consumer.weight[:, keep[consumer]] = solution.weight.to(consumer.weight)

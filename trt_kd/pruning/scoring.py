@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
-from trt_kd.pruning.base import Importance, Recording, Site
+from trt_kd.pruning.base import Importance, Place, Recording, Site
 from trt_kd.pruning.importance import BlockInfluence
+from trt_kd.pruning.ridge import Gram
 
 ForwardLoop = Callable[[nn.Module], None]
 
@@ -31,26 +32,29 @@ def record(
     architecture: Architecture,
     forward_loop: ForwardLoop,
     *,
-    channels: Mapping[str, tuple[Importance, Sequence[Site]]],
+    channels: Mapping[str, tuple[Importance, Sequence[Place]]],
     layers: Layers | None,
-    gram_layers: Sequence[int],
+    consumers: Sequence[nn.Linear],
 ) -> Recording:
     """Run ``forward_loop`` once and return what all axes need, summed batch by batch.
 
-    ``channels`` names importance and sites by kind of axis; ``gram_layers`` are the layers whose
-    Gram matrices are kept, each ``C * C * 4`` bytes.
+    ``channels`` names importance and places by kind of axis; of ``consumers`` the Gram matrices
+    of the inputs are kept, two of ``4 * C * C`` bytes each.
 
     Raises:
         ModelError: if an activation is not finite, or nothing was run.
     """
     recording = Recording()
     with _hooks() as hook:
-        for kind, (importance, sites) in channels.items():
-            totals: list[Tensor] = recording.channels.setdefault(kind, [])
-            for index, site in enumerate(sites):
-                hook(site, partial(_add_channels, totals, index, importance))
+        for kind, (importance, places) in channels.items():
+            totals: list[list[Tensor]] = recording.channels.setdefault(kind, [])
+            for place in places:
+                totals.append([])
+                for site in place.sites:
+                    hook(site, partial(_add_channels, totals[-1], len(totals[-1]), importance))
+                    totals[-1].append(torch.zeros(()))
         _record_residual(model, architecture, recording, layers, hook)
-        _record_gram(model, architecture, recording, gram_layers, hook)
+        _record_gram(recording, consumers, hook)
         _forward(model, forward_loop)
     if recording.tokens == 0:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
@@ -60,15 +64,12 @@ def record(
 
 
 def record_gram(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    forward_loop: ForwardLoop,
-    layers: Sequence[int],
-) -> dict[int, Tensor]:
-    """Gram matrices of the inputs of the down projections of ``layers``, in one more pass."""
+    model: PreTrainedModel, forward_loop: ForwardLoop, consumers: Sequence[nn.Linear]
+) -> dict[nn.Module, Gram]:
+    """Gram matrices of the inputs of ``consumers``, in one more pass."""
     recording = Recording()
     with _hooks() as hook:
-        _record_gram(model, architecture, recording, layers, hook)
+        _record_gram(recording, consumers, hook)
         _forward(model, forward_loop)
     _check_finite(recording)
     return recording.gram
@@ -83,22 +84,39 @@ def _hooks() -> Iterator[Hook]:
     handles = []
 
     def hook(site: Site, observe: Observe) -> None:
-        def on_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            observe(inputs[0].detach())
+        def on_input(
+            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+        ) -> None:
+            observe(inputs[0].detach() if inputs else named["hidden_states"].detach())
 
         def on_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             observe(output.detach())
 
         if site.side == "input":
-            handles.append(site.module.register_forward_pre_hook(on_input))
+            handle = site.module.register_forward_pre_hook(on_input, with_kwargs=True)
         else:
-            handles.append(site.module.register_forward_hook(on_output))
+            handle = site.module.register_forward_hook(on_output)
+        handles.append(handle)
+
+    def read(site: Site, observe: Observe) -> None:
+        hook(site, lambda state: observe(states(site, state)))
 
     try:
-        yield hook
+        yield read
     finally:
         for handle in handles:
             handle.remove()
+
+
+def states(site: Site, state: Tensor) -> Tensor:
+    """One number per unit in the last dimension: what passes at ``site``, read as it says."""
+    if site.read is not None:
+        return site.read(state)
+    if site.width == 1:
+        return state
+    units = state.float().reshape(*state.shape[:-1], -1, site.width)
+    result: Tensor = torch.linalg.vector_norm(units, dim=-1)
+    return result
 
 
 def _forward(model: PreTrainedModel, forward_loop: ForwardLoop) -> None:
@@ -112,11 +130,7 @@ def _forward(model: PreTrainedModel, forward_loop: ForwardLoop) -> None:
 def _add_channels(
     totals: list[Tensor], index: int, importance: Importance, state_BLC: Tensor
 ) -> None:
-    contribution_C = importance.contribution(state_BLC).cpu()
-    if index == len(totals):
-        totals.append(contribution_C)
-    else:
-        totals[index] = totals[index] + contribution_C
+    totals[index] = totals[index] + importance.contribution(state_BLC).cpu()
 
 
 def _record_residual(
@@ -126,8 +140,9 @@ def _record_residual(
     layers: Layers | None,
     hook: Hook,
 ) -> None:
-    """Watch what enters each layer's first norm and the final one: the residual stream."""
-    depth = len(architecture.layers(model))
+    """Watch what enters every layer and the final norm: the residual stream."""
+    modules = architecture.layers(model)
+    depth = len(modules)
     stream: list[Tensor] = []  # of the present batch: the input of every layer so far
 
     def observe(index: int, state_BLH: Tensor) -> None:
@@ -139,9 +154,8 @@ def _record_residual(
             _add_layers(recording, layers, stream, depth)
             stream.clear()
 
-    firsts = [architecture.norms(layer)[0] for layer in architecture.layers(model)]
-    for index, norm in enumerate([*firsts, architecture.final_norm(model)]):
-        hook(Site(norm, "input"), partial(observe, index))
+    for index, module in enumerate([*modules, architecture.final_norm(model)]):
+        hook(Site(module, "input"), partial(observe, index))
 
 
 def _add_layers(
@@ -159,35 +173,21 @@ def _add_layers(
     recording.runs = [old + new for old, new in zip(old_totals, totals, strict=True)]
 
 
-def _record_gram(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    recording: Recording,
-    layers: Sequence[int],
-    hook: Hook,
-) -> None:
-    def observe(layer: int, state_BLC: Tensor) -> None:
-        state_TC = state_BLC.flatten(0, 1).float()
-        gram_CC = recording.gram.get(layer)
-        if gram_CC is None:
-            recording.gram[layer] = state_TC.T @ state_TC
-        else:
-            gram_CC.addmm_(state_TC.T, state_TC)
-
-    modules = architecture.layers(model)
-    for layer in layers:
-        down = architecture.mlp(modules[layer]).down
-        hook(Site(down, "input"), partial(observe, layer))
+def _record_gram(recording: Recording, consumers: Sequence[nn.Linear], hook: Hook) -> None:
+    for consumer in consumers:
+        gram = recording.gram[consumer] = Gram()
+        hook(Site(consumer, "input"), gram.add)
 
 
 def _check_finite(recording: Recording) -> None:
-    for kind, totals in recording.channels.items():
-        for index, total in enumerate(totals):
-            _refuse(total, f"site {index} of axis {kind!r}")
+    for kind, places in recording.channels.items():
+        for index, totals in enumerate(places):
+            for total in totals:
+                _refuse(total, f"place {index} of axis {kind!r}")
     for index, influence in enumerate(recording.influence):
         _refuse(torch.tensor(influence), f"layer {index}")
-    for layer, total in recording.gram.items():
-        _refuse(total, f"the MLP of layer {layer}")
+    for index, gram in enumerate(recording.gram.values()):
+        _refuse(gram.sum, f"projection {index} to refit")
 
 
 def _refuse(total: Tensor, where: str) -> None:

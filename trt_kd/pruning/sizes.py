@@ -1,9 +1,9 @@
 """Which sizes a model has after pruning, from closed-form counts; needs no torch."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.errors import ConfigError, ModelError
 
@@ -43,7 +43,7 @@ def fitted_shape(axes: "Sequence[Axis]", limit: float | None, shape: ModelShape)
     result = shape
     for axis in axes:
         size = _checked(axis, axis.target(shape), shape)
-        result = _resized(result, axis, size)
+        result = axis.write(result, size)
     if limit is not None:
         (axis,) = (axis for axis in axes if axis.is_open)
         result = _largest(axis, limit, shape, result)
@@ -52,7 +52,7 @@ def fitted_shape(axes: "Sequence[Axis]", limit: float | None, shape: ModelShape)
 
 def settled(axes: "Sequence[Axis]", planned: ModelShape) -> "list[Axis]":
     """The axes with every open size filled in from ``planned``."""
-    return [axis.resized(int(getattr(planned, axis.shape_field))) for axis in axes]
+    return [axis.resized(axis.read(planned)) for axis in axes]
 
 
 def check_axes(axes: "Sequence[Axis]", limit: float | None) -> None:
@@ -78,11 +78,6 @@ def check_axes(axes: "Sequence[Axis]", limit: float | None) -> None:
         )
 
 
-def _resized(shape: ModelShape, axis: "Axis", size: int) -> ModelShape:
-    changes: dict[str, Any] = {axis.shape_field: size}
-    return replace(shape, **changes)
-
-
 def _checked(axis: "Axis", size: int, shape: ModelShape) -> int:
     legal = axis.legal(shape)
     if size > legal[-1]:
@@ -100,8 +95,18 @@ def _checked(axis: "Axis", size: int, shape: ModelShape) -> int:
     return size
 
 
+def _accepted(shape: ModelShape) -> bool:
+    """Whether the stock code of the family takes these sizes together."""
+    try:
+        architecture_of(shape.model_type).check_shape(shape)
+    except ModelError:
+        return False
+    return True
+
+
 def _largest(axis: "Axis", limit: float, shape: ModelShape, fixed: ModelShape) -> ModelShape:
-    candidates = [_resized(fixed, axis, size) for size in axis.legal(shape)]
+    candidates = [axis.write(fixed, size) for size in axis.legal(shape)]
+    candidates = [candidate for candidate in candidates if _accepted(candidate)]
     fitting = [candidate for candidate in candidates if candidate.parameters <= limit]
     if not fitting:
         least = candidates[0].parameters

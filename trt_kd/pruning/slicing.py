@@ -1,40 +1,42 @@
-"""Cut weights along one dimension, in place; pure torch."""
+"""Cut parameters along the units of an axis, in place; pure torch."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-
-def slice_linear(linear: nn.Linear, keep_K: Tensor, dim: int) -> None:
-    """Keep rows (``dim`` 0, bias included) or columns (``dim`` 1) ``keep_K`` of ``linear``."""
-    linear.weight = _sliced(linear.weight, keep_K, dim)
-    if dim == 0:
-        linear.out_features = keep_K.numel()
-        if linear.bias is not None:
-            linear.bias = _sliced(linear.bias, keep_K, 0)
-    else:
-        linear.in_features = keep_K.numel()
+from trt_kd.architectures.base import Slice, take
 
 
-def slice_embedding(embedding: nn.Embedding, keep_K: Tensor) -> None:
-    """Keep columns ``keep_K`` of ``embedding``."""
-    embedding.weight = _sliced(embedding.weight, keep_K, 1)
-    embedding.embedding_dim = keep_K.numel()
+def cut(slices: Iterable[Slice], keep_K: Tensor, *, norm_offset: float = 0.0) -> None:
+    r"""Keep the units ``keep_K`` of every parameter in ``slices``.
 
-
-def slice_norm(norm: nn.Module, keep_K: Tensor, scale: float) -> None:
-    """Keep the entries ``keep_K`` of the weight of ``norm``, times ``scale``."""
-    weight: nn.Parameter = norm.get_parameter("weight")
+    A norm divides by the root mean square over all N units; over the K kept ones that mean is
+    larger if what goes is small, and its output would shrink. So the weight of such a norm
+    (``rms``) is multiplied by :math:`\sqrt{N/K}`, ``norm_offset`` included, which makes the cut of
+    dead units exact up to the epsilon.
+    """
+    masks: dict[tuple[nn.Module, str, int], Tensor] = {}
     with torch.no_grad():
-        weight.mul_(scale)
-    norm.weight = _sliced(weight, keep_K, 0)
+        for entry in slices:
+            parameter = entry.module.get_parameter(entry.name)
+            if entry.rms:
+                growth = (entry.units / keep_K.numel()) ** 0.5
+                # In float64: near zero a 16-bit weight is finer than its sum with the offset.
+                exact = (parameter.double() + norm_offset) * growth - norm_offset
+                parameter.copy_(exact)
+            size = parameter.shape[entry.dim]
+            key = (entry.module, entry.name, entry.dim)
+            mask = masks.setdefault(key, torch.ones(size, dtype=torch.bool))
+            here = mask[entry.start : entry.start + entry.units * entry.width]
+            kept = torch.zeros(entry.units, dtype=torch.bool)
+            kept[keep_K.cpu()] = True
+            here &= kept.repeat_interleave(entry.width)
+    for (module, name, dim), mask in masks.items():
+        take(module, name, dim, mask.nonzero().flatten())
 
 
 def best(scores_C: Tensor, size: int) -> Tensor:
     """Indices of the ``size`` highest scores in ascending order; the earlier one wins a tie."""
     order = scores_C.argsort(descending=True, stable=True)
     return order[:size].sort().values
-
-
-def _sliced(weight: Tensor, keep_K: Tensor, dim: int) -> nn.Parameter:
-    kept = weight.detach().index_select(dim, keep_K.to(weight.device)).contiguous()
-    return nn.Parameter(kept, requires_grad=weight.requires_grad)

@@ -7,11 +7,12 @@ import hashlib
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 from typing_extensions import Self
 
+from trt_kd.architectures import architecture_of
 from trt_kd.architectures.gguf import read_gguf_header
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
@@ -53,7 +54,7 @@ class ExpectedShape(StrictModel):
         return ModelShape(
             **self.model_dump(),
             attention_bias=self.model_type == "qwen2",
-            qk_norm=self.model_type == "qwen3",
+            qk_norm="head" if self.model_type == "qwen3" else "none",
         )
 
 
@@ -195,16 +196,10 @@ def _save_twin(
     model: "PreTrainedModel", config: ImportConfig, out: Path, *, tokenizer_from: Path
 ) -> None:
     if config.keep_layers is not None:
-        keep_first_layers(model, config.keep_layers)
+        architecture = architecture_of(model.config.model_type)
+        count = min(config.keep_layers, len(architecture.layers(model)))
+        architecture.keep_layers(model, range(count))
     save_model(model, out, tokenizer_from=tokenizer_from)
-
-
-def keep_first_layers(model: Any, count: int) -> None:
-    """Cut ``model`` in place to its first ``count`` decoder layers."""
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = len(model.model.layers)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
 
 
 def _copy(source: Path, out: Path) -> None:

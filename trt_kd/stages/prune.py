@@ -1,6 +1,5 @@
 """Prune a checkpoint: fewer MLP channels, a narrower residual stream, fewer layers."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +14,7 @@ from typing_extensions import Self
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
+from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
 from trt_kd.config import StageConfig, build_plugin
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ConfigError, VerificationError
@@ -52,7 +51,7 @@ class PruneConfig(StageConfig):
     ] = Activation()
     """How channels are ranked; layers are ranked by the importance of the depth axis."""
     reconstruct: Reconstruct | None = Reconstruct()
-    """Refit the down projections after an MLP cut; null keeps the plain cut."""
+    """Refit what reads the cut units; null keeps the plain cut."""
     calibration_tokens: PositiveInt = 16_384
     """Tokens of the training split behind scores and refit, in whole blocks."""
     data: DataConfig = DataConfig()
@@ -95,8 +94,12 @@ class PruneConfig(StageConfig):
             ConfigError: if the axes contradict each other.
             ModelError: if the architecture is not supported or has no such size.
         """
-        architecture_of(shape.model_type)
-        return planned_shape(self.axes, self.parameters_share, shape)
+        architecture = architecture_of(shape.model_type)
+        for axis in self.axes:
+            architecture.check_axis(axis.kind, shape)
+        planned = planned_shape(self.axes, self.parameters_share, shape)
+        architecture.check_shape(planned)
+        return planned
 
     def memory_bytes(self, shape: ModelShape) -> int:
         """Memory of pruning a model of ``shape``: float32 weights, activations, refit."""
@@ -104,8 +107,15 @@ class PruneConfig(StageConfig):
         widest = max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
         activations = 4 * _BATCH * self.data.block_tokens * (shape.layers * shape.hidden)
         activations += 4 * _BATCH * self.data.block_tokens * 8 * widest
-        refit = self.reconstruct.memory_bytes(shape) if self.reconstruct else 0
+        refit = self.reconstruct.memory_bytes(self._refit_widths(shape)) if self.reconstruct else 0
         return weights + activations + refit
+
+    def _refit_widths(self, shape: ModelShape) -> list[int]:
+        """Inputs of the projections that will be refit."""
+        cut = {axis.kind for axis in self.axes if axis.target(shape) < axis.read(shape)}
+        mlps = shape.layers - shape.expert_layers if "ffn" in cut else 0
+        blocks = shape.layers if cut & {"heads", "kv_heads"} else 0
+        return [shape.ffn] * mlps + [shape.heads * shape.head_dim] * blocks
 
     def blocks(self) -> int:
         """Calibration blocks."""
@@ -120,6 +130,8 @@ def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
     Raises:
         TrtKdError: if the model, the sizes or the text are unfit.
     """
+    import torch
+
     shape = read_shape(source.path)
     planned = config.planned(shape)
     with writing(out, kind="checkpoint", config=config, inputs={"source": source}) as draft:
@@ -141,7 +153,9 @@ def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
                 f"pruning left {parameters:,} parameters, planned were {planned.parameters:,}",
                 hint="the model holds parts that its config.json does not tell of",
             )
-        save_model(_cast(model, source.path), draft.path, tokenizer_from=source.path)
+        dtype = getattr(torch, stored_dtype(source.path))
+        cast("nn.Module", model).to("cpu", dtype)
+        save_model(model, draft.path, tokenizer_from=source.path)
     return Artifact.open(out, expect="checkpoint")
 
 
@@ -162,14 +176,15 @@ def prune_model(
         from trt_kd.pruning.hf_minitron import NAME, detach_state, model_shape
 
     shape = model_shape(model)
-    axes = settled(config.axes, config.planned(shape))
+    planned = config.planned(shape)
+    axes = settled(config.axes, planned)
     settings = {
         "axes": [axis.model_dump(mode="json") for axis in axes],
         "importance": config.importance.model_dump(mode="json"),
-        "reconstruct": config.reconstruct.model_dump() if config.reconstruct else None,
+        "reconstruct": config.reconstruct.model_dump(mode="json") if config.reconstruct else None,
         "seed": config.seed,
     }
-    sizes = {axis.constraint: axis.target(shape) for axis in axes}
+    sizes = {axis.constraint: getattr(planned, axis.shape_field) for axis in axes}
     pruned, result = mtp.prune(
         model,
         mode=[(NAME, settings)],
@@ -207,14 +222,4 @@ def _on_accelerator(model: "PreTrainedModel") -> "PreTrainedModel":
 
     if torch.cuda.is_available():
         cast("nn.Module", model).to("cuda")
-    return model
-
-
-def _cast(model: "PreTrainedModel", source: Path) -> "PreTrainedModel":
-    """Return ``model`` on the CPU in the dtype that the config of ``source`` names."""
-    import torch
-
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    cast("nn.Module", model).to("cpu", getattr(torch, name.removeprefix("torch.")))
     return model

@@ -1,0 +1,105 @@
+"""The dry run of pruning: which sizes fit, what they cost, and whether the target takes them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trt_kd.cli.console import print_json, table
+
+if TYPE_CHECKING:
+    from trt_kd.architectures.shape import ModelShape
+    from trt_kd.pruning.budget import Budget
+    from trt_kd.pruning.candidates import Candidate
+    from trt_kd.pruning.catalogue import Target
+
+_SHOWN = 20
+
+
+def print_candidates(
+    candidates: "Sequence[Candidate]",
+    shape: "ModelShape",
+    budget: "Budget",
+    target: "Target",
+    *,
+    as_json: bool = False,
+    limit: int = _SHOWN,
+) -> None:
+    """Print the candidates for pruning a model of ``shape``, as a table or as JSON.
+
+    The table has the first ``limit`` of them, in their order; JSON has all.
+    """
+    if as_json:
+        print_json(candidates_json(candidates, shape, budget, target))
+        return
+    print(f"{shape.parameters:,} parameters before; {_limits(shape, budget)}; for {target}\n")
+    print(table(candidate_rows(candidates[:limit], shape)))
+    hidden = len(candidates) - limit
+    if hidden > 0:
+        print(f"\nand {hidden:,} more; --json prints all")
+
+
+def candidate_rows(candidates: "Sequence[Candidate]", shape: "ModelShape") -> list[list[str]]:
+    """Rows of the table, the heading first: sizes, parameters, share, memory, legality."""
+    from trt_kd.pruning.budget import MB
+
+    names = list(dict.fromkeys(name for one in candidates for name in one.changed))
+    active = ["active"] if shape.experts else []
+    rows = [[*names, "parameters", *active, "share", "memory MB", "legal"]]
+    for one in candidates:
+        sizes = [str(getattr(one.shape, name)) for name in names]
+        counts = [f"{one.parameters:,}"] + ([f"{one.active_parameters:,}"] if active else [])
+        memory = f"{one.memory_bytes / MB:,.1f}"
+        rows.append([*sizes, *counts, f"{one.share:.1%}", memory, legality(one)])
+    return rows
+
+
+def legality(candidate: "Candidate") -> str:
+    """Whether the target takes the sizes, and if not gladly, which and why."""
+    if not candidate.violations:
+        return "yes"
+    told = []
+    for found in candidate.violations:
+        prefix = "as before, " if found.size not in candidate.changed else ""
+        told.append(f"{prefix}{found.severity}: {found.subject}, {found.what}")
+    return "; ".join(told)
+
+
+def candidates_json(
+    candidates: "Sequence[Candidate]", shape: "ModelShape", budget: "Budget", target: "Target"
+) -> dict[str, Any]:
+    """Everything about the candidates, for a program to read."""
+    return {
+        "schema_version": 1,
+        "parameters_before": shape.parameters,
+        "limits": budget.limits(shape),
+        "budget": budget.model_dump(mode="json"),
+        "target": target.model_dump(mode="json"),
+        "candidates": [
+            {
+                "sizes": one.changed,
+                "parameters": one.parameters,
+                "active_parameters": one.active_parameters,
+                "share": one.share,
+                "memory_bytes": one.memory_bytes,
+                "violations": [
+                    {
+                        "size": found.size,
+                        "value": found.value,
+                        "severity": found.severity,
+                        "rule": found.rule,
+                        "what": found.what,
+                        "reason": found.reason,
+                        "nearest": [s for s in (found.below, found.above) if s is not None],
+                    }
+                    for found in one.violations
+                ],
+            }
+            for one in candidates
+        ],
+    }
+
+
+def _limits(shape: "ModelShape", budget: "Budget") -> str:
+    from trt_kd.pruning.budget import amount
+
+    limits = budget.limits(shape).items()
+    return "at most " + " and ".join(amount(name, value) for name, value in limits)

@@ -1,0 +1,130 @@
+"""Number of experts of a mixture, and the width of every expert.
+
+Source: Lasby et al. 2025, REAP (arXiv:2510.13999), for the score of an expert: the weight that the
+router gives it times the size of its output, mean over the tokens it is given. Where a router does
+not bring the chosen weights to a sum of one, dropping an expert raises those of all others.
+
+Shapes: B sequences, L tokens, T both, S tokens of one expert, E experts, C channels of one,
+H hidden.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.pruning.base import Place, Site, WidthAxis
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from trt_kd.architectures.base import Architecture, Experts
+
+
+class ExpertFfnAxis(WidthAxis):
+    """Keep the best channels of every expert, chosen expert by expert."""
+
+    kind: Literal["expert_ffn"] = "expert_ffn"
+    constraint: ClassVar[str] = "moe_ffn_hidden_size"
+    shape_field: ClassVar[str] = "expert_ffn"
+
+    def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
+        """One per mixture: the channels of all experts, one expert after the other."""
+        return [
+            Place((Site(experts.module, "input", read=partial(channel_states, experts)),), (), n)
+            for n, experts in mixtures(model, architecture)
+        ]
+
+    def keep(self, scores: "list[Tensor]", shape: ModelShape) -> "list[Tensor]":
+        """The best channels of every expert, counted through the whole mixture."""
+        import torch
+
+        from trt_kd.pruning.slicing import best
+
+        width, size = shape.expert_ffn, self.target(shape)
+        return [
+            torch.cat(
+                [best(part, size) + n * width for n, part in enumerate(scores_N.view(-1, width))]
+            )
+            for scores_N in scores
+        ]
+
+    def cut(
+        self, model: "PreTrainedModel", architecture: "Architecture", keep: "Sequence[Tensor]"
+    ) -> None:
+        """See the base class; cut before experts are, since ``keep`` counts all of them."""
+        for (_, experts), keep_N in zip(mixtures(model, architecture), keep, strict=True):
+            experts.narrow(keep_N.view(experts.count, -1) % experts.width)
+        self.write_config(model, architecture)
+
+
+class ExpertsAxis(WidthAxis):
+    """Keep the best experts of every layer, never fewer than a token is sent to."""
+
+    kind: Literal["experts"] = "experts"
+    constraint: ClassVar[str] = "num_moe_experts"
+    shape_field: ClassVar[str] = "experts"
+    multiple_of: PositiveInt = 1
+    """Experts come in multiples of this."""
+
+    def legal(self, shape: ModelShape) -> list[int]:
+        """See the base class."""
+        return [size for size in super().legal(shape) if size >= shape.experts_per_token]
+
+    def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
+        """One per mixture: what each expert adds to the output for the tokens it is given."""
+        return [
+            Place((Site(experts.module, "input", read=partial(expert_states, experts)),), (), n)
+            for n, experts in mixtures(model, architecture)
+        ]
+
+    def cut(
+        self, model: "PreTrainedModel", architecture: "Architecture", keep: "Sequence[Tensor]"
+    ) -> None:
+        """See the base class."""
+        for (_, experts), keep_K in zip(mixtures(model, architecture), keep, strict=True):
+            experts.keep(keep_K)
+        self.write_config(model, architecture)
+
+
+def mixtures(model: "PreTrainedModel", architecture: "Architecture") -> "list[tuple[int, Experts]]":
+    """The experts of a model with the number of their layer, first to last."""
+    found = enumerate(map(architecture.experts, architecture.layers(model)))
+    return [(index, experts) for index, experts in found if experts is not None]
+
+
+def expert_states(experts: "Experts", inputs_BLH: "Tensor") -> "Tensor":
+    """Size of what every expert adds for every token, ``[B, L, E]``, zero where it is not asked.
+
+    Scaled by tokens / tokens of that expert, sequence by sequence, so that the mean over all
+    tokens is the mean over those of the expert.
+    """
+    import torch
+
+    batch, length, hidden = inputs_BLH.shape
+    inputs_TH = inputs_BLH.reshape(-1, hidden)
+    states_TE = torch.zeros(len(inputs_TH), experts.count, device=inputs_TH.device)
+    with torch.no_grad():
+        for expert, (tokens_S, weights_S, channels_SC) in enumerate(experts.visits(inputs_TH)):
+            outputs_SH = experts.outputs(expert, channels_SC)
+            states_TE[tokens_S, expert] = weights_S.float() * outputs_SH.float().norm(dim=-1)
+    states_BLE = states_TE.view(batch, length, experts.count)
+    asked_BE = (states_BLE != 0).sum(dim=1, keepdim=True).clamp(min=1)
+    return states_BLE * (length / asked_BE)
+
+
+def channel_states(experts: "Experts", inputs_BLH: "Tensor") -> "Tensor":
+    """Channels of all experts over the tokens they were given, ``[1, S, E * C]``.
+
+    S is the longest of them; experts with fewer tokens see zeros behind theirs.
+    """
+    from torch import no_grad
+    from torch.nn.utils.rnn import pad_sequence
+
+    with no_grad():
+        visits = experts.visits(inputs_BLH.reshape(-1, inputs_BLH.shape[-1]))
+        states_SEC = pad_sequence([channels_SC for _, _, channels_SC in visits])
+    return states_SEC.flatten(1).unsqueeze(0)
