@@ -98,3 +98,53 @@ def test_stages_run_one_by_one(teacher, tmp_path):
     again = trt_kd("import", f"source={teacher.path}", "--out", tmp_path / "t")
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def config_only(tmp_path):
+    """A directory with nothing but a config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_dry_run_lists_what_fits_from_config_json_alone(config_only):
+    axes = "axes=[ffn, depth, heads, kv_heads]"
+    done = trt_kd(
+        "prune", "--dry-run", "--json", "--source", config_only, axes, "budget.params=80%"
+    )
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    limit = 0.8 * listed["parameters_before"]
+    assert listed["candidates"]
+    assert all(0 < one["parameters"] <= limit for one in listed["candidates"])
+    assert {"ffn", "layers"} <= {name for one in listed["candidates"] for name in one["sizes"]}
+    assert [path.name for path in config_only.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["axes=[ffn]", "budget.params=1%"], "none of the 24 combinations"),
+        (["axes=[experts]", "budget.params=80%"], "'experts': a llama model cannot be cut"),
+        (["axes=[ffn]"], "budget: Field required"),
+        (["axes=[{kind: ffn, size: 2048}]", "budget.params=80%"], "larger than the model's 1536"),
+        (["axes=[ffn]", "budget.params=80%", "target.format=fp7"], "fp7"),
+    ],
+)
+def test_a_dry_run_of_the_impossible_says_so_in_two_lines(config_only, arguments, what):
+    done = trt_kd("prune", "--dry-run", "--source", config_only, *arguments)
+    assert done.returncode == 2
+    assert what in done.stderr
+    assert "Traceback" not in done.stderr

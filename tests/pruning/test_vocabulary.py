@@ -273,5 +273,5 @@ def test_the_axis_keeps_the_best_scores(counts, rules, make_decoder):
 
 
 def test_settings_out_of_range_are_named():
-    with pytest.raises(ConfigError, match=r"size: .*\n.*min_count: "):
-        validate(VocabAxis, {"size": 0, "min_count": 0}, where="axis")
+    with pytest.raises(ConfigError, match=r"size: .*\n.*multiple_of: "):
+        validate(VocabAxis, {"size": 0, "multiple_of": 0}, where="axis")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import load_model, save_model
+from trt_kd.checkpoints import load_model, load_tokenizer, save_model
 from trt_kd.config import StageConfig
 from trt_kd.errors import ModelError
 from trt_kd.stages.prune import PruneConfig, prune
@@ -95,3 +95,39 @@ def test_an_unsupported_architecture_is_named_before_anything_is_loaded(
     other = Artifact(tmp_path / "other", teacher.manifest)
     with pytest.raises(ModelError, match="'mamba' is not supported"):
         prune(PruneConfig.model_validate(settings), source=other, out=tmp_path / "student")
+
+
+def test_the_vocabulary_goes_with_its_tokenizer(settings, teacher, tmp_path):
+    """The logits of kept tokens after kept tokens are the old ones, text by text."""
+    settings |= {"axes": [{"kind": "vocab", "size": 448}]}
+    out = prune(PruneConfig.model_validate(settings), source=teacher, out=tmp_path / "student")
+    assert out.metrics["kept_tokens"] == read_shape(out.path).vocab == 448
+    old, new = load_tokenizer(teacher.path), load_tokenizer(out.path)
+    text = "The capital of France is Paris."
+    before, after = old(text)["input_ids"], new(text)["input_ids"]
+    kept = {new_id: old.convert_tokens_to_ids(token) for token, new_id in new.get_vocab().items()}
+    assert [kept[token] for token in after] == before
+    columns = [kept[token] for token in range(448)]
+    with torch.no_grad():
+        wide = load_model(teacher.path)(torch.tensor([before])).logits[..., columns]
+        narrow = load_model(out.path)(torch.tensor([after])).logits
+    torch.testing.assert_close(narrow, wide)
+
+
+def test_the_vocabulary_and_channels_go_together(settings, teacher, tmp_path):
+    settings |= {"axes": [{"kind": "vocab", "size": 448}, {"kind": "ffn", "size": 64}]}
+    out = prune(PruneConfig.model_validate(settings), source=teacher, out=tmp_path / "student")
+    shape = read_shape(out.path)
+    assert (shape.vocab, shape.ffn) == (448, 64)
+    assert load_model(out.path).num_parameters() == shape.parameters
+
+
+def test_an_illegal_size_names_its_neighbours(settings, teacher, tmp_path):
+    settings |= {
+        "axes": [{"kind": "ffn", "size": 96, "multiple_of": 32}],
+        "target": {"format": "int4_awq", "runtime": "trtllm", "gpu": "hopper"},
+    }
+    with pytest.raises(ModelError, match="ffn 96 .*illegal for int4_awq") as caught:
+        prune(PruneConfig.model_validate(settings), source=teacher, out=tmp_path / "student")
+    assert "128" in caught.value.hint
+    assert not (tmp_path / "student").exists()

@@ -1,13 +1,17 @@
 """Every stage as its own command: artifacts in, one artifact out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from trt_kd.cli.console import print_json
 from trt_kd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from trt_kd.config import StrictModel
+
+M = TypeVar("M", bound="StrictModel")
 Settings = Annotated[
     list[str] | None,
     typer.Argument(help="Settings, such as steps=20.", show_default=False),
@@ -36,11 +40,27 @@ def prune(
     settings: Settings = None,
     *,
     source: Source,
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new artifact.")] = None,
     config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the sizes that fit the budget; cut nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune. Example: trt-kd prune --source t --out p 'axes=[{kind: ffn, size: 1024}]'."""
+    """Prune. Example: trt-kd prune --source t --out p 'axes=[{kind: ffn, size: 1024}]'.
+
+    What fits: trt-kd prune --dry-run --source DIR 'axes=[ffn, depth]' budget.params=80%
+    """
+    if dry_run:
+        from trt_kd.cli.candidates import dry_run as list_candidates
+        from trt_kd.pruning.candidates import SearchSpace
+
+        if out is not None:
+            raise ConfigError("--dry-run writes nothing", hint="leave out --out")
+        list_candidates(_validated(SearchSpace, settings, config, "prune"), source, as_json=as_json)
+        return
+    if out is None:
+        raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
     _run("prune", settings, config, out, as_json, {"source": source})
 
 
@@ -129,6 +149,13 @@ def _roles(inputs: list[str]) -> dict[str, Path]:
     return roles
 
 
+def _validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
+    from trt_kd.config import apply_overrides, read_yaml, validate
+
+    given = apply_overrides(read_yaml(config) if config else {}, settings or [])
+    return validate(model, given, where=str(config or name))
+
+
 def _run(
     name: str,
     settings: list[str] | None,
@@ -138,14 +165,12 @@ def _run(
     inputs: dict[str, Path],
 ) -> None:
     from trt_kd.artifacts import Artifact
-    from trt_kd.config import apply_overrides, read_yaml, validate
     from trt_kd.pipeline.run import locked
     from trt_kd.pipeline.stages import STAGES
     from trt_kd.seeding import seed_everything
 
     stage = STAGES[name]
-    given = apply_overrides(read_yaml(config) if config else {}, settings or [])
-    validated = validate(stage.config_class(), given, where=str(config or name))
+    validated = _validated(stage.config_class(), settings, config, name)
     artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
     for artifact in artifacts.values():
         artifact.verify()

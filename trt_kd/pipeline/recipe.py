@@ -77,6 +77,15 @@ class Recipe(StrictModel):
     """Limits that decide release."""
 
     @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if any(axis.kind == "vocab" for axis in self.prune.axes):
+            raise ValueError(
+                "prune.axes: vocab changes the tokens, and teacher and student must share them; "
+                "cut the vocabulary first (trt-kd prune) and import the result as the teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_free(self) -> Self:
         taken = sorted({"baseline", "deploy", "quantized"} & set(self.export.also))
         if taken:

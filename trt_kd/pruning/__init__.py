@@ -21,6 +21,7 @@ AXES: Registry["type[Axis]"] = Registry(
         "expert_ffn": "trt_kd.pruning.experts:ExpertFfnAxis",
         "experts": "trt_kd.pruning.experts:ExpertsAxis",
         "hidden": "trt_kd.pruning.hidden:HiddenAxis",
+        "vocab": "trt_kd.pruning.vocabulary:VocabAxis",
         "depth": "trt_kd.pruning.depth:DepthAxis",
     },
 )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trt_kd.architectures.base import Architecture, Slice
     from trt_kd.pruning.ridge import Gram
 
-Unit = Literal["channels", "layers"]
+Unit = Literal["channels", "layers", "tokens"]
 
 
 class Importance(Plugin, ABC):

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
 from trt_kd.errors import ModelError
-from trt_kd.pruning.catalogue import WeightFormat, catalogue
+from trt_kd.pruning.catalogue import Target, WeightFormat, catalogue
 
 MB = 1024**2
 """Bytes of a MB, as in ModelOpt."""
@@ -58,7 +58,7 @@ class Budget(StrictModel):
     tokens: PositiveInt = 2048
     """Tokens of each of them."""
     weight_format: str = "bf16"
-    """Format of the weights that memory counts."""
+    """Format of the weights that memory counts; the target's if left out."""
     kv_format: str = "bf16"
     """Format of the key-value cache that memory counts."""
 
@@ -77,6 +77,12 @@ class Budget(StrictModel):
         if self.params is None and self.active_params is None and self.memory_mb is None:
             raise ValueError("give at least one of params, active_params and memory_mb")
         return self
+
+    def deployed(self, target: Target) -> Self:
+        """The same limits with memory in the format of ``target``, unless one was given."""
+        if "weight_format" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"weight_format": target.format})
 
     def limits(self, shape: ModelShape) -> dict[str, float]:
         """The limits for a model pruned from ``shape``, by name, as absolute numbers."""

@@ -6,16 +6,20 @@ they take numbers: a whole block of the grid is one evaluation.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from trt_kd.architectures.shape import ModelShape
+from trt_kd.config import StrictModel, build_plugin
 from trt_kd.errors import ModelError
+from trt_kd.pruning import AXES
+from trt_kd.pruning.base import Axis
 from trt_kd.pruning.budget import Budget, amount
 from trt_kd.pruning.catalogue import SIZES, Target, Violation, bound, violations
 
@@ -23,6 +27,20 @@ _BLOCK = 2**20
 """Points that are evaluated at once; some hundred bytes each."""
 
 _Columns = dict[str, NDArray[Any]]
+
+
+class SearchSpace(StrictModel):
+    """What to choose from, without a model: axes with or without a size, limits, a target."""
+
+    axes: Annotated[
+        list[Annotated[SerializeAsAny[Axis], BeforeValidator(partial(build_plugin, AXES))]],
+        Field(min_length=1),
+    ]
+    """What shrinks; sizes left out are tried at every legal value."""
+    budget: Budget
+    """Limits that every candidate keeps."""
+    target: Target = Target()
+    """What every size has to be legal for."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class DepthAxis(Axis):
     shape_field: ClassVar[str] = "layers"
     unit: ClassVar[Unit] = "layers"
     layers: PositiveInt | None = None
-    """Layers after pruning; open, and no ``drop``: solved from ``parameters_share``."""
+    """Layers after pruning; open, and no ``drop``: solved from a budget."""
     drop: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """Layers to drop by their numbers from 0, instead of by importance."""
     contiguous: bool = False

@@ -2,8 +2,10 @@
 
 Importing this module registers the mode beside NVIDIA's ``mcore_minitron``, and both take the same
 constraints: ``export_config`` with ``ffn_hidden_size``, ``hidden_size``, ``num_attention_heads``,
-``num_layers``, ``num_moe_experts`` and ``moe_ffn_hidden_size``, or ``params`` as a number or
-``"80%"``. Here ``num_query_groups`` can shrink too, with its query heads::
+``num_layers``, ``num_moe_experts`` and ``moe_ffn_hidden_size``, or limits: ``params`` and
+``active_params`` (counts, or ``"80%"``) and ``memory_mb``. Two differences: ``num_query_groups``
+can shrink too, with its query heads; memory is counted in the format of deployment (``memory`` in
+the mode's settings) and not at two bytes for every parameter::
 
     mtp.prune(model, mode=[("hf_minitron", {"axes": [...]})], dummy_input=None,
               constraints={"export_config": {"ffn_hidden_size": 1024}},
@@ -28,13 +30,14 @@ from transformers import PreTrainedModel
 
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape, shape_from_config
-from trt_kd.config import Plugin, build_plugin
+from trt_kd.config import Plugin, build_plugin, validate
 from trt_kd.errors import ConfigError
 from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.pruning.base import Axis
+from trt_kd.pruning.budget import Budget
 from trt_kd.pruning.engine import Request, shrink
 from trt_kd.pruning.reconstruction import Reconstruct
-from trt_kd.pruning.sizes import fitted_shape, settled
+from trt_kd.pruning.sizes import planned_shape, settled
 from trt_kd.registry import Registry
 
 NAME = "hf_minitron"
@@ -60,6 +63,11 @@ class HFMinitronConfig(ModeloptBaseConfig):  # type: ignore[misc]
         title="Reconstruction",
         description="Options of the least-squares refit after an MLP cut; None leaves it out.",
     )
+    memory: dict[str, Any] = ModeloptField(
+        default={},
+        title="Memory",
+        description="What memory_mb counts: batch, tokens, weight_format and kv_format.",
+    )
     seed: int = ModeloptField(
         default=0, title="Seed", description="Seeds an importance that draws numbers."
     )
@@ -81,7 +89,7 @@ class HFMinitronSearcher(BaseSearcher):  # type: ignore[misc]
         """
         settings = modelopt_state(self.model)["modelopt_state_dict"][-1][1]["config"]
         shape = model_shape(self.model)
-        axes = _axes(settings["axes"], self.constraints, shape)
+        axes = _axes(settings, self.constraints, shape)
         reconstruct = settings["reconstruct"]
         request = Request(
             axes=axes,
@@ -167,20 +175,31 @@ def detach_state(model: nn.Module) -> None:
 
 
 def _axes(
-    settings: list[dict[str, Any]], constraints: Mapping[str, Any], shape: ModelShape
+    settings: Mapping[str, Any], constraints: Mapping[str, Any], shape: ModelShape
 ) -> list[Axis]:
     """The axes with the sizes that the constraints ask for."""
-    if len(constraints) != 1 or not set(constraints) <= {"export_config", "params"}:
+    known = {"export_config", "params", "active_params", "memory_mb"}
+    if (
+        not constraints
+        or not constraints.keys() <= known
+        or ("export_config" in constraints and len(constraints) > 1)
+    ):
         raise ConfigError(
             f"{NAME}: unsupported constraints {sorted(constraints)}",
-            hint="give either export_config or params",
+            hint="give either export_config, or any of params, active_params and memory_mb",
         )
-    axes = [_plugin(AXES, value) for value in settings]
-    if "params" in constraints:
-        return settled(axes, fitted_shape(axes, _limit(constraints["params"], shape), shape))
+    axes = [_plugin(AXES, value) for value in settings["axes"]]
+    if "export_config" not in constraints:
+        budget = validate(Budget, {**settings["memory"], **constraints}, where=NAME)
+        return settled(axes, planned_shape(axes, budget, shape))
     wanted = dict(constraints["export_config"])
     present = {axis.constraint for axis in axes}
     missing = wanted.keys() - present
+    if AXES.load("vocab").constraint in wanted:
+        raise ConfigError(
+            f"{NAME} cannot cut the vocabulary: the tokenizer has to be rewritten with it",
+            hint="use the command: trt-kd prune 'axes=[{kind: vocab, size: 32768}]'",
+        )
     axes += [_plugin(AXES, name) for name in AXES.names() if AXES.load(name).constraint in missing]
     if unknown := wanted.keys() ^ {axis.constraint for axis in axes}:
         raise ConfigError(
@@ -189,7 +208,7 @@ def _axes(
         )
     asked = shape.with_sizes(**{axis.shape_field: wanted[axis.constraint] for axis in axes})
     axes = [axis.resized(axis.read(asked)) for axis in axes]
-    return settled(axes, fitted_shape(axes, None, shape))
+    return settled(axes, planned_shape(axes, None, shape))
 
 
 def constraints_known() -> list[str]:
@@ -199,9 +218,3 @@ def constraints_known() -> list[str]:
 
 def _plugin(registry: Registry[type[P]], value: object) -> P:
     return cast("P", build_plugin(cast("Registry[type[Plugin]]", registry), value))
-
-
-def _limit(params: float | str, shape: ModelShape) -> float:
-    if isinstance(params, str):
-        return float(params.removesuffix("%")) / 100.0 * shape.parameters
-    return float(params)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.errors import ConfigError, ModelError
+from trt_kd.pruning.budget import Budget, amount
+from trt_kd.pruning.catalogue import Target, check, refused
 
 if TYPE_CHECKING:
     from trt_kd.pruning.base import Axis
@@ -17,36 +19,27 @@ def grid(size: int, multiple_of: int) -> list[int]:
 
 
 def planned_shape(
-    axes: "Sequence[Axis]", parameters_share: float | None, shape: ModelShape
+    axes: "Sequence[Axis]", budget: Budget | None, shape: ModelShape, target: Target | None = None
 ) -> ModelShape:
     """The shape of a model of ``shape`` after pruning along ``axes``.
 
-    With ``parameters_share`` exactly one axis leaves its size open and gets the largest legal
-    one with which the model keeps at most that share of its parameters.
+    With a budget exactly one axis leaves its size open and gets the largest one that fits, that
+    the family's stock code takes, and that is legal for ``target``.
 
     Raises:
-        ConfigError: if the axes contradict each other or the share.
-        ModelError: if the model has no such size.
+        ConfigError: if the axes contradict each other or the budget.
+        ModelError: if the model has no such size, or one that was asked for is illegal.
     """
-    limit = None if parameters_share is None else parameters_share * shape.parameters
-    return fitted_shape(axes, limit, shape)
-
-
-def fitted_shape(axes: "Sequence[Axis]", limit: float | None, shape: ModelShape) -> ModelShape:
-    """Like ``planned_shape`` with the limit as a number of parameters.
-
-    Raises:
-        ConfigError: if the axes contradict each other or the limit.
-        ModelError: if the model has no such size.
-    """
-    check_axes(axes, limit)
+    check_axes(axes, budget)
+    target = target or Target()
     result = shape
     for axis in axes:
-        size = _checked(axis, axis.target(shape), shape)
-        result = axis.write(result, size)
-    if limit is not None:
+        result = axis.write(result, _checked(axis, axis.target(shape), shape))
+    if budget is not None:
         (axis,) = (axis for axis in axes if axis.is_open)
-        result = _largest(axis, limit, shape, result)
+        return _largest(axis, budget.deployed(target), target, shape, result)
+    architecture_of(shape.model_type).check_shape(result)
+    check(result, target, original=shape)
     return result
 
 
@@ -55,8 +48,8 @@ def settled(axes: "Sequence[Axis]", planned: ModelShape) -> "list[Axis]":
     return [axis.resized(axis.read(planned)) for axis in axes]
 
 
-def check_axes(axes: "Sequence[Axis]", limit: float | None) -> None:
-    """Check that the axes differ and that one is open if and only if there is a limit.
+def check_axes(axes: "Sequence[Axis]", budget: Budget | None) -> None:
+    """Check that the axes differ and that one is open if and only if there is a budget.
 
     Raises:
         ConfigError: if not.
@@ -65,16 +58,18 @@ def check_axes(axes: "Sequence[Axis]", limit: float | None) -> None:
     if len(set(kinds)) < len(kinds):
         raise ConfigError(f"axes {', '.join(kinds)}: one stands twice", hint="write each axis once")
     opened = [axis.kind for axis in axes if axis.is_open]
-    if limit is None and opened:
+    if budget is None and opened:
         raise ConfigError(
             f"axis {opened[0]!r} has no size",
-            hint="give it one, or give parameters_share to have it solved",
+            hint="give it one, or give a budget to have it solved",
         )
-    if limit is not None and len(opened) != 1:
+    if budget is not None and len(opened) != 1:
         found = ", ".join(opened) if opened else "none"
         raise ConfigError(
-            f"parameters_share needs exactly one axis without a size, found {found}",
-            hint="give every axis but one its size" if opened else "leave out one axis' size",
+            f"a budget needs exactly one axis without a size, found {found}",
+            hint="see the choices with trt-kd prune --dry-run, and give every axis but one its size"
+            if opened
+            else "leave out one axis' size, or the budget",
         )
 
 
@@ -95,25 +90,33 @@ def _checked(axis: "Axis", size: int, shape: ModelShape) -> int:
     return size
 
 
-def _accepted(shape: ModelShape) -> bool:
-    """Whether the stock code of the family takes these sizes together."""
+def _accepted(candidate: ModelShape, target: Target, original: ModelShape) -> bool:
+    """Whether the family's stock code and the target take these sizes together."""
     try:
-        architecture_of(shape.model_type).check_shape(shape)
+        architecture_of(original.model_type).check_shape(candidate)
     except ModelError:
         return False
-    return True
+    return not refused(candidate, target, original=original)
 
 
-def _largest(axis: "Axis", limit: float, shape: ModelShape, fixed: ModelShape) -> ModelShape:
-    candidates = [axis.write(fixed, size) for size in axis.legal(shape)]
-    candidates = [candidate for candidate in candidates if _accepted(candidate)]
-    fitting = [candidate for candidate in candidates if candidate.parameters <= limit]
-    if not fitting:
-        least = candidates[0].parameters
+def _largest(
+    axis: "Axis", budget: Budget, target: Target, shape: ModelShape, fixed: ModelShape
+) -> ModelShape:
+    sizes = [axis.write(fixed, size) for size in axis.legal(shape)]
+    legal = [candidate for candidate in sizes if _accepted(candidate, target, shape)]
+    fitting = [candidate for candidate in legal if budget.fits(candidate, shape)]
+    if fitting:
+        return fitting[-1]
+    limits = budget.limits(shape)
+    wanted = " and ".join(amount(name, limit) for name, limit in limits.items())
+    if not legal:
         raise ModelError(
-            f"axis {axis.kind!r} cannot bring the model to {limit:,.0f} parameters "
-            f"({limit / shape.parameters:.1%})",
-            hint=f"its smallest size leaves {least:,} ({least / shape.parameters:.1%}): "
-            "raise the share or prune another axis too",
+            f"axis {axis.kind!r} has no size that is legal for {target}",
+            hint="choose another axis, another multiple_of or another target",
         )
-    return fitting[-1]
+    values = budget.values(legal[0])
+    least = " and ".join(amount(name, values[name]) for name in limits)
+    raise ModelError(
+        f"axis {axis.kind!r} cannot bring the model to {wanted}",
+        hint=f"its smallest size leaves {least}: raise the budget or prune another axis too",
+    )

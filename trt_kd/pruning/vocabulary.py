@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt
 
 from trt_kd.errors import DataError, ModelError
-from trt_kd.pruning.base import Place, WidthAxis
+from trt_kd.pruning.base import Place, Unit, WidthAxis
 from trt_kd.pruning.tokenizer import CutRules, remap_config
 
 if TYPE_CHECKING:
@@ -152,10 +151,7 @@ class VocabAxis(WidthAxis):
     kind: Literal["vocab"] = "vocab"
     constraint: ClassVar[str] = "vocab_size"
     shape_field: ClassVar[str] = "vocab"
-    size: PositiveInt | None = None
-    """Tokens after pruning, the most frequent ones; open: ``min_count`` decides."""
-    min_count: PositiveInt = 1
-    """Occurrences in the corpus that a token needs to stay while ``size`` is open."""
+    unit: ClassVar[Unit] = "tokens"
 
     def kept(self, counts_V: NDArray[np.int64], rules: CutRules) -> NDArray[np.int64]:
         """Ids to keep, ascending, by ``kept_tokens`` with the settings of the axis."""
@@ -163,7 +159,6 @@ class VocabAxis(WidthAxis):
             counts_V,
             rules,
             size=self.size,
-            min_count=self.min_count,
             multiple_of=self.multiple_of,
         )
 

@@ -16,11 +16,13 @@ from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
 from trt_kd.config import StageConfig, build_plugin
-from trt_kd.data.base import DataConfig, fingerprint, token_blocks
+from trt_kd.data.base import DataConfig, documents, fingerprint, token_blocks
 from trt_kd.errors import ConfigError, VerificationError
 from trt_kd.optional import require
 from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.pruning.base import Axis, Importance
+from trt_kd.pruning.budget import Budget
+from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.importance import Activation
 from trt_kd.pruning.reconstruction import Reconstruct
 from trt_kd.pruning.sizes import check_axes, planned_shape, settled
@@ -44,8 +46,10 @@ class PruneConfig(StageConfig):
         Field(min_length=1),
     ]
     """What shrinks; all axes are scored on the unpruned model."""
-    parameters_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the parameters to keep at most; it settles the one axis left without a size."""
+    budget: Budget | None = None
+    """Limits, such as ``{params: 80%}``, that settle the one axis left without a size."""
+    target: Target = Target()
+    """Format, runtime, GPU and tensor-parallel size that every size has to be legal for."""
     importance: Annotated[
         SerializeAsAny[Importance], BeforeValidator(partial(build_plugin, IMPORTANCE))
     ] = Activation()
@@ -62,12 +66,14 @@ class PruneConfig(StageConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         try:
-            check_axes(self.axes, self.parameters_share)
+            check_axes(self.axes, self.budget)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         if "channels" not in self.importance.units:
             raise ValueError(f"importance {self.importance.kind!r} does not rank channels")
-        if self.importance != Activation() and all(axis.unit == "layers" for axis in self.axes):
+        if self.importance != Activation() and not any(
+            axis.unit == "channels" for axis in self.axes
+        ):
             raise ValueError("importance ranks channels, and no axis cuts any; leave it out")
         return self
 
@@ -82,7 +88,7 @@ class PruneConfig(StageConfig):
         return self.model_copy(
             update={
                 "axes": axes,
-                "parameters_share": _REHEARSAL_SHARE if still_open else None,
+                "budget": Budget(params=_REHEARSAL_SHARE) if still_open else None,
                 "calibration_tokens": 2 * self.data.block_tokens,
             }
         )
@@ -97,9 +103,7 @@ class PruneConfig(StageConfig):
         architecture = architecture_of(shape.model_type)
         for axis in self.axes:
             architecture.check_axis(axis.kind, shape)
-        planned = planned_shape(self.axes, self.parameters_share, shape)
-        architecture.check_shape(planned)
-        return planned
+        return planned_shape(self.axes, self.budget, shape, self.target)
 
     def memory_bytes(self, shape: ModelShape) -> int:
         """Memory of pruning a model of ``shape``: float32 weights, activations, refit."""
@@ -145,6 +149,7 @@ def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
         model = _on_accelerator(load_model(source.path, dtype="float32"))
         draft.metrics["parameters_before"] = shape.parameters
         draft.metrics |= prune_model(config, model, blocks)
+        kept = _drop_tokens(config, model, source, planned.vocab)
         draft.metrics["parameters_after"] = parameters = model.num_parameters()
         draft.metrics["parameters_share"] = parameters / shape.parameters
         draft.metrics["calibration_fingerprint"] = fingerprint(blocks)
@@ -156,6 +161,8 @@ def prune(config: PruneConfig, *, source: Artifact, out: Path) -> Artifact:
         dtype = getattr(torch, stored_dtype(source.path))
         cast("nn.Module", model).to("cpu", dtype)
         save_model(model, draft.path, tokenizer_from=source.path)
+        if kept is not None:
+            draft.metrics |= _rewrite_tokenizer(config, source.path, draft.path, kept)
     return Artifact.open(out, expect="checkpoint")
 
 
@@ -177,7 +184,9 @@ def prune_model(
 
     shape = model_shape(model)
     planned = config.planned(shape)
-    axes = settled(config.axes, planned)
+    axes = [axis for axis in settled(config.axes, planned) if axis.unit != "tokens"]
+    if not axes:
+        return {}
     settings = {
         "axes": [axis.model_dump(mode="json") for axis in axes],
         "importance": config.importance.model_dump(mode="json"),
@@ -195,6 +204,42 @@ def prune_model(
     detach_state(pruned)
     measured: dict[str, Any] = result["best"]
     return measured
+
+
+def _drop_tokens(
+    config: PruneConfig, model: "PreTrainedModel", source: Artifact, size: int
+) -> NDArray[np.int64] | None:
+    """Cut the vocabulary to ``size`` if an axis asks for it; return the ids kept, ascending."""
+    import torch
+
+    from trt_kd.pruning.tokenizer import cut_rules
+    from trt_kd.pruning.vocabulary import VocabAxis, kept_tokens, used_tokens
+
+    for axis in config.axes:
+        if isinstance(axis, VocabAxis):
+            architecture = architecture_of(model.config.model_type)
+            rows = architecture.embedding(model).num_embeddings
+            counts_V = used_tokens(_corpus(config), load_tokenizer(source.path), rows=rows)
+            kept = kept_tokens(counts_V, cut_rules(source.path), size=size)
+            axis.resized(size).cut(model, architecture, [torch.from_numpy(kept)])
+            return kept
+    return None
+
+
+def _rewrite_tokenizer(
+    config: PruneConfig, source: Path, out: Path, kept: NDArray[np.int64]
+) -> dict[str, Any]:
+    from trt_kd.pruning.tokenizer import rewrite_tokenizer, verify_tokenizer
+
+    rewrite_tokenizer(source, out, kept.tolist())
+    texts = _corpus(config)
+    verify_tokenizer(source, out, kept.tolist(), texts)
+    return {"kept_tokens": len(kept), "verified_texts": len(texts)}
+
+
+def _corpus(config: PruneConfig) -> list[str]:
+    """Every text of the data source: what the vocabulary has to serve."""
+    return documents(config.data, "train") + documents(config.data, "heldout")
 
 
 def _forward_loop(blocks: NDArray[np.int64], model: "nn.Module") -> None:
