@@ -51,7 +51,7 @@ def test_heads_are_counted_as_in_the_config(make_decoder, blocks):
 def test_params_is_a_share_or_a_number(make_decoder, blocks, limit):
     model = make_decoder()
     before = model.num_parameters()
-    params = limit if isinstance(limit, str) else limit * before
+    params = limit if isinstance(limit, str) else int(limit * before)
     model, _ = prune(model, blocks, {"params": params}, axes=[{"kind": "ffn"}])
     assert 0.7 * before < model.num_parameters() <= 0.8 * before
 
