@@ -47,6 +47,7 @@ SHARED_FAMILIES = {"data", "backends"}
 ALLOWED_BETWEEN_FAMILIES = {
     ("doctor", "exporters"): "lists every registered lane; reads the table only",
     ("exporters", "quantization"): "an export of a quantized model starts by restoring it",
+    ("reporting", "pruning"): "predicts memory with the budget's closed forms",
     ("training", "losses"): "the objective is a sum of losses",
 }
 """Further imports from one family to another, each with its reason."""

@@ -6,7 +6,7 @@ import torch
 
 from trt_kd.errors import ModelError
 from trt_kd.pruning.reconstruction import Reconstruct, gram_bytes
-from trt_kd.pruning.ridge import PLAIN, Gram, refit, solve
+from trt_kd.pruning.ridge import PLAIN, Gram, Moments, refit, solve
 from trt_kd.stages.prune import PruneConfig, prune_model
 
 
@@ -32,7 +32,8 @@ def test_the_solution_is_that_of_the_augmented_least_squares_problem():
     rows = np.vstack([x_TC[:, keep], np.sqrt(damping) * np.eye(5)])
     target = np.vstack([x_TC @ weight_HC.T, np.sqrt(damping) * weight_HC[:, keep].T])
     expected = np.linalg.lstsq(rows, target, rcond=None)[0].T
-    found = solve(*map(torch.from_numpy, (weight_HC, gram, keep)), 0.01)
+    moments = Moments(torch.from_numpy(gram))
+    found = solve(torch.from_numpy(weight_HC), moments, torch.from_numpy(keep), 0.01)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8)
 
 
@@ -52,9 +53,11 @@ def test_the_residual_is_the_share_of_the_outputs_energy_that_is_lost():
 
 def test_the_matrix_is_that_of_all_tokens_however_they_are_batched():
     x_TC = np.random.default_rng(0).normal(size=(70, 4))
-    np.testing.assert_allclose(gram_of(x_TC).sum.numpy(), x_TC.T @ x_TC, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gram_of(x_TC).sum.gram.numpy(), x_TC.T @ x_TC, rtol=1e-4, atol=1e-4)
     fit = x_TC.reshape(7, 10, 4)[0::2].reshape(-1, 4)
-    np.testing.assert_allclose(gram_of(x_TC).halves[0].numpy(), fit.T @ fit, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        gram_of(x_TC).halves[0].gram.numpy(), fit.T @ fit, rtol=1e-4, atol=1e-4
+    )
 
 
 def unseen_errors(tokens, channels=32, rank=8):

@@ -14,6 +14,7 @@ from trt_kd.artifacts import Artifact, writing
 from trt_kd.config import StageConfig, validate
 from trt_kd.errors import ArtifactError, ConfigError
 from trt_kd.reporting.model import Report
+from trt_kd.stages.prune import PruneConfig, prune
 from trt_kd.stages.report import ReportConfig, make_report, read_report, report
 
 LLAMA = {
@@ -36,6 +37,16 @@ QUALITY = {  # KL, agreement, loss, accuracy
     "student_quantized": (0.43, 0.69, 3.58, 0.56),
 }
 STEP_MS = {"teacher": 20.0, "teacher_quantized": 4.6, "student": 16.5, "student_quantized": 3.9}
+CUT = {
+    "parameters_before": 134_515_008,
+    "block_influence": [0.9, *[0.04] * 28, 0.4],
+    "kept_sizes": {"ffn_hidden_size": 1024},
+    "plain_residual": [0.2] * 30,
+    "reconstruction_residual": [0.1] * 30,
+    "reconstruction_ridge": [0.01] * 29 + [None],
+    "calibration_tokens": 16_384,
+    "importance_pass_s": 40.0,
+}
 GATES: list[dict[str, Any]] = [
     {"name": "at most 82 % of the parameters", "variant": "student", "metric": "parameters_share",
      "max": 0.82},
@@ -53,11 +64,12 @@ class Made(StageConfig):
 
     stage: ClassVar[str] = "made"
     note: str = ""
+    axes: list[dict[str, Any]] | None = None
     lane: dict[str, Any] | None = None
 
 
 def write(out: Path, kind: Any, files: dict[str, Any], **more: Any) -> Artifact:
-    config = Made(note=out.name, lane=more.get("lane"))
+    config = Made(note=out.name, axes=more.get("axes"), lane=more.get("lane"))
     with writing(out, kind=kind, config=config, inputs=more.get("inputs", {})) as draft:
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content)
@@ -131,7 +143,9 @@ def make_inputs(root: Path) -> dict[str, Artifact]:
 
     def checkpoint(name: str, config: dict[str, Any], **inputs: Artifact) -> Artifact:
         files = {"config.json": config, "model.safetensors": "0" * 4000}
-        return write(root / name, "checkpoint", files, inputs=inputs, metrics={"seconds": 90.0})
+        metrics = {"seconds": 90.0} | (CUT if name == "pruned" else {})
+        axes = [{"kind": "ffn"}] if name == "pruned" else None
+        return write(root / name, "checkpoint", files, inputs=inputs, metrics=metrics, axes=axes)
 
     def export(name: str, precision: str, source: Artifact) -> Artifact:
         lane = {"kind": "ort-genai", "precision": precision}
@@ -207,6 +221,46 @@ def test_rows_carry_what_the_stages_measured(made):
     assert [record.batch_size for record in rows["teacher"].speed] == [1, 4, 8]
     assert found.exports[0].lane == "hf-unified"
     assert found.environment["processor"] == "Example CPU"
+
+
+def test_what_was_cut_stands_in_all_three_files(made):
+    found = read_report(made.path).pruning
+    assert found is not None
+    assert (found.before, found.after) == ("teacher", "student")
+    assert [layer.block_influence for layer in found.layers] == CUT["block_influence"]
+    assert found.layers[29].refits[0].ridge == "plain cut"
+    assert found.missing == []
+    assert {(row.batch_size, row.tokens) for row in found.memory} == {(1, 160), (4, 160), (8, 160)}
+    for name in ("report.html", "report.md"):
+        text = (made.path / name).read_text(encoding="utf-8")
+        assert "What was cut" in text
+        assert "Batch 8, 160 tokens" in text
+
+
+def test_a_real_cut_is_told_projection_by_projection(teacher, text_file, tmp_path):
+    def cut(*axes: dict[str, Any]) -> dict[str, list[float | None]]:
+        data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
+        settings = {"axes": axes, "calibration_tokens": 64, "data": data}
+        out = tmp_path / "-".join(axis["kind"] for axis in axes)
+        pruned = prune(PruneConfig.model_validate(settings), source=teacher, out=out)
+        inputs = {"teacher.model": teacher, "pruned.model": pruned}
+        found = make_report(ReportConfig(), inputs).pruning
+        assert found is not None
+        assert found.missing == ["Nothing was timed: memory is predicted for 2,048 tokens."]
+        layers.append([layer.kept for layer in found.layers])
+        lost: dict[str, list[float | None]] = {}
+        for layer in found.layers:
+            assert layer.block_influence is not None
+            for refit in layer.refits:
+                lost.setdefault(refit.projection, []).append(refit.plain_energy_lost)
+        return lost
+
+    layers: list[list[bool | None]] = []
+    ffn, heads = {"kind": "ffn", "size": 64}, {"kind": "heads", "size": 1}
+    down, output = cut(ffn), cut(heads)
+    assert cut(heads, ffn) == {"output": output["output"], "down": down["down"]}
+    assert cut(ffn, {"kind": "depth", "drop": [2]}) == down
+    assert layers[-1] == [True, True, False, True]
 
 
 def test_gates_use_pairs_of_blocks_items_and_runs(made):
@@ -322,7 +376,7 @@ def test_the_page_opens_in_chromium_without_errors_requests_or_missing_figures(
     assert console == ""
     assert asked == []
     figures = re.findall(r"<svg.*?</svg>", dom, flags=re.DOTALL)
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all("<path" in figure and "<text" in figure for figure in figures)
 
 

@@ -31,6 +31,8 @@ IMPORTANCE: Registry["type[Importance]"] = Registry(
     {
         "activation": "trt_kd.pruning.importance:Activation",
         "block_influence": "trt_kd.pruning.importance:BlockInfluence",
+        "perplexity": "trt_kd.pruning.perplexity:Perplexity",
         "random": "trt_kd.pruning.importance:Random",
+        "taylor": "trt_kd.pruning.taylor:Taylor",
     },
 )

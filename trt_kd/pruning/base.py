@@ -26,20 +26,34 @@ if TYPE_CHECKING:
 
 Unit = Literal["channels", "layers", "tokens"]
 
+Evidence = Literal["states", "gradients", "losses"]
+
 
 class Importance(Plugin, ABC):
     """A score for every channel or layer, summed batch by batch over the calibration text."""
 
     units: ClassVar[frozenset[Unit]]
     """What it can score."""
+    evidence: ClassVar[Evidence] = "states"
+    """What it is shown; anything but states takes passes of its own."""
 
     @abstractmethod
     def contribution(self, *states: "Tensor") -> "Tensor":
         """What one batch adds to the total.
 
         For channels: one tensor ``[B, L, C]`` gives ``[C]``. For layers: the residual stream
-        before and after a run of layers, each ``[B, L, H]``, gives ``[]``.
+        before and after a run of layers, each ``[B, L, H]``, gives ``[]``. If it asks for
+        gradients, that of the loss with respect to the last of these comes last. If it asks for
+        losses, two ``[]`` are all: of the whole model, and of the model without a run of layers.
         """
+
+    def combined(self, total: "Tensor", contribution: "Tensor") -> "Tensor":
+        """The total with one more batch."""
+        return total + contribution
+
+    def most_blocks(self) -> int | None:
+        """Calibration sequences that losses are taken over at most; None for all."""
+        return None
 
     @abstractmethod
     def scores(self, total: "Tensor", generator: "Generator") -> "Tensor":
@@ -56,6 +70,9 @@ class Site:
     """Neighbouring channels that make one unit; a unit's size is their L2 norm."""
     read: "Callable[[Tensor], Tensor] | None" = None
     """Turns what passes there into one number per unit in its last dimension, if need be."""
+    pair: "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None" = None
+    """Where ``read`` is set: states and their gradients, both with one number per unit in the last
+    dimension, from what enters the module and the loss's gradient where it leaves."""
 
 
 @dataclass

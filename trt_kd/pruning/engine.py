@@ -16,8 +16,9 @@ from trt_kd.pruning import AXES
 from trt_kd.pruning.base import Axis, Importance, Place, Recording, WidthAxis
 from trt_kd.pruning.depth import DepthAxis
 from trt_kd.pruning.reconstruction import Reconstruct, kept_inputs, refit_all, write_refits
-from trt_kd.pruning.ridge import PLAIN
+from trt_kd.pruning.ridge import PLAIN, Refit
 from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_gram
+from trt_kd.pruning.sequential import capture, fold_points, refit_sequentially
 
 
 @dataclass
@@ -55,7 +56,14 @@ class _Subject:
             found = [place.consumer for kind in cut for place in self.places.get(kind, ())]
             self.consumers = list(dict.fromkeys(each for each in found if each is not None))
             widths = [consumer.in_features for consumer in self.consumers]
-            self.groups = request.reconstruct.groups(widths)
+            if request.reconstruct.schedule == "once":
+                self.groups = request.reconstruct.groups(widths)
+
+    def folds(self, keep: dict[str, list[Tensor]]) -> bool:
+        """Whether layers are dropped that others can make up for."""
+        reconstruct = self.request.reconstruct
+        dropped = "depth" in keep and keep["depth"][0].numel() < self.shape.layers
+        return dropped and reconstruct is not None and reconstruct.schedule == "sequential"
 
     def group(self, number: int) -> list[nn.Linear]:
         """Projections whose Gram matrices are held at once."""
@@ -67,7 +75,7 @@ def shrink(
 ) -> dict[str, Any]:
     """Prune ``model`` of ``shape`` in place and return measurements, units in their names.
 
-    Everything is scored and refitted on the unpruned model, so the axes' order does not matter.
+    Everything is scored on the unpruned model, so the axes' order does not matter.
 
     Raises:
         ModelError: if activations or a refit are not finite.
@@ -85,7 +93,7 @@ def shrink(
     }
     if "depth" in keep:
         measured["kept_layers"] = keep["depth"][0].tolist()
-    if request.reconstruct is not None and subject.consumers:
+    if request.reconstruct is not None and (subject.consumers or subject.folds(keep)):
         measured |= _reconstruct(subject, request.reconstruct, recording, keep)
     # In the registry's order: what was recorded of a part must still meet that part.
     order = AXES.names()
@@ -103,7 +111,7 @@ def _kept_sizes(axes: Sequence[Axis], shape: ModelShape) -> dict[str, int]:
 
 def _score(subject: _Subject) -> Recording:
     request = subject.request
-    depth = [axis for axis in request.axes if isinstance(axis, DepthAxis)]
+    depth = [axis for axis in request.axes if isinstance(axis, DepthAxis) and axis.drop is None]
     layers = [Layers(axis.importance, axis.run_length(subject.shape)) for axis in depth]
     return record(
         subject.model,
@@ -138,17 +146,48 @@ def _reconstruct(
     recording: Recording,
     keep: dict[str, list[Tensor]],
 ) -> dict[str, Any]:
-    """Refit group by group on the unpruned model, then write all solutions."""
+    """Refit all on the unpruned model and write the solutions, or layer after layer."""
     inputs = kept_inputs(subject.places, keep)
+    if reconstruct.schedule == "sequential":
+        recording.gram.clear()
+        return _refit_sequentially(subject, reconstruct, keep, inputs)
     refits = refit_all(recording.gram, inputs, reconstruct)
     recording.gram.clear()
     for number in range(1, len(subject.groups)):
         grams = record_gram(subject.model, subject.forward_loop, subject.group(number))
         refits |= refit_all(grams, inputs, reconstruct)
     write_refits(refits, inputs)
-    ordered = [refits[consumer] for consumer in subject.consumers]
+    return _measured([refits[consumer] for consumer in subject.consumers])
+
+
+def _refit_sequentially(
+    subject: _Subject,
+    reconstruct: Reconstruct,
+    keep: dict[str, list[Tensor]],
+    inputs: dict[nn.Linear, Tensor],
+) -> dict[str, Any]:
+    """Refit what lost inputs, and what has to make up for the layers dropped behind it."""
+    kept_layers = (
+        keep["depth"][0].tolist() if "depth" in keep else list(range(subject.shape.layers))
+    )
+    model, architecture = subject.model, subject.architecture
+    layers = architecture.layers(model)
+    folds = fold_points(layers, architecture, kept_layers)
+    wanted = {fold: torch.arange(fold.in_features) for fold in folds} | inputs
+    batches = capture(model, architecture, subject.forward_loop)
+    refits = refit_sequentially(
+        model, architecture, batches, wanted, kept_layers, reconstruct.ridges
+    )
+    measured = _measured([refits[each] for each in subject.consumers if each in refits])
+    alone = [refits[fold] for fold in folds if fold not in inputs]
+    return measured | ({"fold_residual": [each.residual for each in alone]} if alone else {})
+
+
+def _measured(refits: Sequence[Refit]) -> dict[str, Any]:
+    if not refits:
+        return {}
     return {
-        "reconstruction_residual": [each.residual for each in ordered],
-        "plain_residual": [each.plain_residual for each in ordered],
-        "reconstruction_ridge": [None if each.ridge == PLAIN else each.ridge for each in ordered],
+        "reconstruction_residual": [each.residual for each in refits],
+        "plain_residual": [each.plain_residual for each in refits],
+        "reconstruction_ridge": [None if each.ridge == PLAIN else each.ridge for each in refits],
     }

@@ -18,10 +18,14 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.pruning.base import Place, Site, WidthAxis
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from trt_kd.architectures.base import Architecture, Experts
+
+    Pair = tuple[Tensor, Tensor]
 
 
 class ExpertFfnAxis(WidthAxis):
@@ -34,7 +38,7 @@ class ExpertFfnAxis(WidthAxis):
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
         """One per mixture: the channels of all experts, one expert after the other."""
         return [
-            Place((Site(experts.module, "input", read=partial(channel_states, experts)),), (), n)
+            Place((_site(experts, channel_states, channel_pair),), (), n)
             for n, experts in mixtures(model, architecture)
         ]
 
@@ -77,7 +81,7 @@ class ExpertsAxis(WidthAxis):
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
         """One per mixture: what each expert adds to the output for the tokens it is given."""
         return [
-            Place((Site(experts.module, "input", read=partial(expert_states, experts)),), (), n)
+            Place((_site(experts, expert_states, expert_pair),), (), n)
             for n, experts in mixtures(model, architecture)
         ]
 
@@ -94,6 +98,11 @@ def mixtures(model: "PreTrainedModel", architecture: "Architecture") -> "list[tu
     """The experts of a model with the number of their layer, first to last."""
     found = enumerate(map(architecture.experts, architecture.layers(model)))
     return [(index, experts) for index, experts in found if experts is not None]
+
+
+def _site(experts: "Experts", read: "Callable[..., Tensor]", pair: "Callable[..., Pair]") -> Site:
+    site_read, site_pair = partial(read, experts), partial(pair, experts)
+    return Site(experts.module, "input", read=site_read, pair=site_pair)
 
 
 def expert_states(experts: "Experts", inputs_BLH: "Tensor") -> "Tensor":
@@ -128,3 +137,39 @@ def channel_states(experts: "Experts", inputs_BLH: "Tensor") -> "Tensor":
         visits = experts.visits(inputs_BLH.reshape(-1, inputs_BLH.shape[-1]))
         states_SEC = pad_sequence([channels_SC for _, _, channels_SC in visits])
     return states_SEC.flatten(1).unsqueeze(0)
+
+
+def channel_pair(
+    experts: "Experts", inputs_BLH: "Tensor", gradient_BLH: "Tensor"
+) -> "tuple[Tensor, Tensor]":
+    """Channels of all experts and the loss's gradients there, each ``[1, S, E * C]``.
+
+    ``gradient_BLH`` is the gradient where the mixture leaves; S is as in ``channel_states``.
+    """
+    from torch import autograd, enable_grad
+    from torch.nn.utils.rnn import pad_sequence
+
+    gradient_TH = gradient_BLH.reshape(-1, gradient_BLH.shape[-1])
+    states: list[Tensor] = []
+    slopes: list[Tensor] = []
+    visits = experts.visits(inputs_BLH.detach().reshape(gradient_TH.shape))
+    for expert, (tokens_S, weights_S, made_SC) in enumerate(visits):
+        with enable_grad():
+            channels_SC = made_SC.detach().requires_grad_()
+            outputs_SH = experts.outputs(expert, channels_SC)
+        weighted_SH = weights_S.detach().unsqueeze(1) * gradient_TH[tokens_S]
+        slopes += autograd.grad(outputs_SH, channels_SC, weighted_SH)
+        states.append(channels_SC.detach())
+    states_SEC, slopes_SEC = pad_sequence(states), pad_sequence(slopes)
+    return states_SEC.flatten(1).unsqueeze(0), slopes_SEC.flatten(1).unsqueeze(0)
+
+
+def expert_pair(
+    experts: "Experts", inputs_BLH: "Tensor", gradient_BLH: "Tensor"
+) -> "tuple[Tensor, Tensor]":
+    """The same by expert, ``[1, C * S, E]``: its output is linear in its channels."""
+    states, slopes = (
+        each.view(each.shape[1], experts.count, -1).permute(2, 0, 1).flatten(0, 1).unsqueeze(0)
+        for each in channel_pair(experts, inputs_BLH, gradient_BLH)
+    )
+    return states, slopes

@@ -1,7 +1,7 @@
 """After a projection lost inputs, refit it to do the most with what is left."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from trt_kd.pruning.ridge import Gram, Refit
 
 
+Schedule = Literal["once", "sequential"]
+
+
 class Reconstruct(StrictModel):
-    """One ridge regression per projection, from the unpruned model's activations; see ``ridge.py``.
+    """One ridge regression per projection, see ``ridge.py``.
 
     It serves down projections after an MLP cut, and output projections after a cut of heads.
     """
 
-    ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1, 1.0)
+    schedule: Schedule = "once"
+    """``once``: all on the unpruned model's activations. ``sequential``: layer after layer on what
+    the pruned layers before make of the text, better and about three times as long."""
+
+    ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Pulls towards the plain cut to choose from, as shares of the mean squared activation."""
     memory_gib: PositiveFloat = 4.0
     """Limit for the Gram matrices held at once; more than fit cost more forward passes."""

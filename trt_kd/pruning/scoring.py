@@ -1,10 +1,11 @@
-"""One hooked forward pass that records all that pruning wants to know of the unpruned model."""
+"""One hooked forward pass that records all that pruning wants to know of the unpruned model.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+What asks for the loss takes more passes over the same tokens, see ``loss_passes.py``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
+from trt_kd.pruning import loss_passes
 from trt_kd.pruning.base import Importance, Place, Recording, Site
+from trt_kd.pruning.hooks import Hook, evaluating, hooks
 from trt_kd.pruning.importance import BlockInfluence
 from trt_kd.pruning.ridge import Gram
 
 ForwardLoop = Callable[[nn.Module], None]
+Channels = Mapping[str, tuple[Importance, Sequence[Place]]]
 
 
 @dataclass
@@ -32,7 +36,7 @@ def record(
     architecture: Architecture,
     forward_loop: ForwardLoop,
     *,
-    channels: Mapping[str, tuple[Importance, Sequence[Place]]],
+    channels: Channels,
     layers: Layers | None,
     consumers: Sequence[nn.Linear],
 ) -> Recording:
@@ -45,21 +49,25 @@ def record(
         ModelError: if an activation is not finite, or nothing was run.
     """
     recording = Recording()
-    with _hooks() as hook:
+    residual = _Residual(layers, len(architecture.layers(model)))
+    with hooks() as hook, loss_passes.fed_tokens(architecture.body(model)) as batches:
         for kind, (importance, places) in channels.items():
-            totals: list[list[Tensor]] = recording.channels.setdefault(kind, [])
-            for place in places:
-                totals.append([])
-                for site in place.sites:
-                    hook(site, partial(_add_channels, totals[-1], len(totals[-1]), importance))
-                    totals[-1].append(torch.zeros(()))
-        _record_residual(model, architecture, recording, layers, hook)
+            totals = [[torch.zeros(()) for _ in place.sites] for place in places]
+            recording.channels[kind] = totals
+            if importance.evidence == "states":
+                _record_channels(importance, places, totals, hook)
+        residual.watch(_residual_readers(model, architecture), hook)
         _record_gram(recording, consumers, hook)
         _forward(model, forward_loop)
-    if recording.tokens == 0:
+    if residual.tokens == 0:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
-    recording.influence = [total / recording.tokens for total in recording.influence]
+    residual.write(recording)
     _check_finite(recording)
+    if _record_losses(model, architecture, batches, channels, layers, recording):
+        _check_finite(recording)
+    for places_totals in recording.channels.values():
+        places_totals[:] = [[total.cpu() for total in totals] for totals in places_totals]
+    recording.runs = [total.cpu() for total in recording.runs]
     return recording
 
 
@@ -68,44 +76,11 @@ def record_gram(
 ) -> dict[nn.Module, Gram]:
     """Gram matrices of the inputs of ``consumers``, in one more pass."""
     recording = Recording()
-    with _hooks() as hook:
+    with hooks() as hook:
         _record_gram(recording, consumers, hook)
         _forward(model, forward_loop)
     _check_finite(recording)
     return recording.gram
-
-
-Observe = Callable[[Tensor], None]
-Hook = Callable[[Site, Observe], None]
-
-
-@contextmanager
-def _hooks() -> Iterator[Hook]:
-    handles = []
-
-    def hook(site: Site, observe: Observe) -> None:
-        def on_input(
-            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
-        ) -> None:
-            observe(inputs[0].detach() if inputs else named["hidden_states"].detach())
-
-        def on_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            observe(output.detach())
-
-        if site.side == "input":
-            handle = site.module.register_forward_pre_hook(on_input, with_kwargs=True)
-        else:
-            handle = site.module.register_forward_hook(on_output)
-        handles.append(handle)
-
-    def read(site: Site, observe: Observe) -> None:
-        hook(site, lambda state: observe(states(site, state)))
-
-    try:
-        yield read
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def states(site: Site, state: Tensor) -> Tensor:
@@ -120,63 +95,125 @@ def states(site: Site, state: Tensor) -> Tensor:
 
 
 def _forward(model: PreTrainedModel, forward_loop: ForwardLoop) -> None:
-    training = model.training
-    model.train(False)
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         forward_loop(model)
-    model.train(training)
+
+
+def _record_channels(
+    importance: Importance, places: Sequence[Place], totals: Sequence[list[Tensor]], hook: Hook
+) -> None:
+    for place, sums in zip(places, totals, strict=True):
+        for index, site in enumerate(place.sites):
+            hook(site.module, site.side, partial(_add_channels, importance, sums, index, site))
 
 
 def _add_channels(
-    totals: list[Tensor], index: int, importance: Importance, state_BLC: Tensor
+    importance: Importance, sums: list[Tensor], index: int, site: Site, state_BLC: Tensor
 ) -> None:
-    totals[index] = totals[index] + importance.contribution(state_BLC).cpu()
+    contribution = importance.contribution(states(site, state_BLC.detach()))
+    sums[index] = importance.combined(sums[index], contribution)
 
 
-def _record_residual(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    recording: Recording,
-    layers: Layers | None,
-    hook: Hook,
-) -> None:
-    """Watch what enters every layer and the final norm: the residual stream."""
-    modules = architecture.layers(model)
-    depth = len(modules)
-    stream: list[Tensor] = []  # of the present batch: the input of every layer so far
+def _residual_readers(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
+    """The layers and the final norm: what enters them is the residual stream."""
+    return [*architecture.layers(model), architecture.final_norm(model)]
 
-    def observe(index: int, state_BLH: Tensor) -> None:
+
+class _Residual:
+    """Judges layers by the residual stream, of which it holds no more than one run's length.
+
+    Totals stay on their devices until the end: to read one is to wait for its device.
+    """
+
+    def __init__(self, layers: Layers | None, depth: int) -> None:
+        self.tokens, self.depth = 0, depth
+        self.block = BlockInfluence()
+        self.influence = [torch.zeros(())] * depth
+        self.layers = layers if layers and layers.importance.evidence == "states" else None
+        # Most often runs are single layers, judged by what is measured anyway.
+        self.shared = self.layers == Layers(self.block, 1)
+        count = depth - self.layers.run_length + 1 if self.layers and not self.shared else 0
+        self.runs = [torch.zeros(())] * count
+        self.stream: dict[int, Tensor] = {}
+
+    def watch(self, modules: Sequence[nn.Module], hook: Hook) -> None:
+        """Observe what enters ``modules``."""
+        for index, module in enumerate(modules):
+            hook(module, "input", partial(self._observe, index))
+
+    def write(self, recording: Recording) -> None:
+        """Hand over the totals."""
+        recording.tokens = self.tokens
+        recording.influence = [float(total) / self.tokens for total in self.influence]
+        recording.runs = list(self.influence) if self.shared else self.runs
+
+    def _observe(self, index: int, state_BLH: Tensor) -> None:
         if index == 0:
-            stream.clear()
-        stream.append(state_BLH)
-        if index == depth:
-            recording.tokens += state_BLH.shape[0] * state_BLH.shape[1]
-            _add_layers(recording, layers, stream, depth)
-            stream.clear()
+            self.stream.clear()
+        self.stream[index] = state_BLH.detach()
+        self._add(self.influence, self.block, index - 1, index)
+        held = 1
+        if self.runs and self.layers:
+            held = self.layers.run_length
+            self._add(self.runs, self.layers.importance, index - held, index)
+        self.stream.pop(index - held, None)
+        if index == self.depth:
+            self.tokens += state_BLH.shape[0] * state_BLH.shape[1]
+            self.stream.clear()
 
-    for index, module in enumerate([*modules, architecture.final_norm(model)]):
-        hook(Site(module, "input"), partial(observe, index))
-
-
-def _add_layers(
-    recording: Recording, layers: Layers | None, stream: list[Tensor], depth: int
-) -> None:
-    block = BlockInfluence()
-    influence = recording.influence or [0.0] * depth
-    news = [float(block.contribution(*pair)) for pair in pairwise(stream)]
-    recording.influence = [old + new for old, new in zip(influence, news, strict=True)]
-    if layers is None:
-        return
-    runs = zip(stream, stream[layers.run_length :], strict=False)
-    totals = [layers.importance.contribution(before, after).cpu() for before, after in runs]
-    old_totals = recording.runs or [torch.zeros_like(total) for total in totals]
-    recording.runs = [old + new for old, new in zip(old_totals, totals, strict=True)]
+    def _add(self, totals: list[Tensor], importance: Importance, first: int, last: int) -> None:
+        if first < 0:
+            return
+        after = self.stream[last]
+        before = self.stream[first].to(after.device)
+        totals[first] = importance.combined(totals[first], importance.contribution(before, after))
 
 
 def _record_gram(recording: Recording, consumers: Sequence[nn.Linear], hook: Hook) -> None:
     for consumer in consumers:
         gram = recording.gram[consumer] = Gram()
-        hook(Site(consumer, "input"), gram.add)
+        hook(consumer, "input", partial(_add_gram, gram))
+
+
+def _add_gram(gram: Gram, state_BLC: Tensor) -> None:
+    gram.add(state_BLC.detach())
+
+
+def _record_losses(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: Sequence[loss_passes.Batch],
+    channels: Channels,
+    layers: Layers | None,
+    recording: Recording,
+) -> bool:
+    """Run the passes of importances that are shown more than states, if there are any."""
+    asked = {importance.evidence for importance, _ in channels.values()}
+    asked |= {layers.importance.evidence} if layers else set()
+    asked -= {"states"}
+    if asked and not batches:
+        raise ModelError(
+            "the importance asks for the loss, and the forward loop fed no token ids",
+            hint="let the loop pass input_ids, or choose an importance that needs no loss",
+        )
+    if "gradients" in asked:
+        with hooks() as hook:
+            for kind, (importance, places) in channels.items():
+                if importance.evidence == "gradients":
+                    loss_passes.watch_channels(importance, places, recording.channels[kind], hook)
+            if layers and layers.importance.evidence == "gradients":
+                recording.runs = loss_passes.watch_layers(
+                    layers.importance,
+                    layers.run_length,
+                    _residual_readers(model, architecture),
+                    hook,
+                )
+            loss_passes.backward(model, architecture, batches)
+    if layers and layers.importance.evidence == "losses":
+        recording.runs = loss_passes.skipping_losses(
+            model, architecture, batches, layers.importance, layers.run_length
+        )
+    return bool(asked)
 
 
 def _check_finite(recording: Recording) -> None:
@@ -186,8 +223,10 @@ def _check_finite(recording: Recording) -> None:
                 _refuse(total, f"place {index} of axis {kind!r}")
     for index, influence in enumerate(recording.influence):
         _refuse(torch.tensor(influence), f"layer {index}")
+    for index, total in enumerate(recording.runs):
+        _refuse(total, f"the layers from {index} on")
     for index, gram in enumerate(recording.gram.values()):
-        _refuse(gram.sum, f"projection {index} to refit")
+        _refuse(gram.sum.gram, f"projection {index} to refit")
 
 
 def _refuse(total: Tensor, where: str) -> None:

@@ -88,7 +88,7 @@ def variants(sources: Sources, *, baseline: Role, names: Mapping[Role, str]) -> 
         )
     order = [baseline, *(role for role in ROLES if role != baseline and role in sources.roles)]
     speed = _speed_records(sources.benchmark)
-    shapes = {role: _shape(parts["model"]) for role, parts in sources.roles.items()}
+    shapes = {role: shape_of(parts["model"]) for role, parts in sources.roles.items()}
     counts = {role: _parameters(sources.roles[role]["model"]) for role in order}
     rows = []
     for role in order:
@@ -223,7 +223,8 @@ def _kind(artifact: Artifact) -> str:
     return str(artifact.manifest.kind)
 
 
-def _shape(model: Artifact) -> ModelShape | None:
+def shape_of(model: Artifact) -> ModelShape | None:
+    """Shape of a checkpoint, or None where it has no ``config.json``."""
     return read_shape(model.path) if (model.path / "config.json").is_file() else None
 
 

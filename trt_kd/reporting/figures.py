@@ -1,19 +1,17 @@
-"""Figures as inline SVG: no script, no file, no font of their own, ink that follows the page.
+"""Figures of the report: quality against latency, divergence, throughput.
 
-Text takes the page's colour and font, so one figure serves light and dark; colours are those of
-Okabe and Ito (2008), told apart by shape as well, and every mark is labelled where it stands.
+Colours are those of Okabe and Ito (2008), told apart by shape as well, and every mark is labelled
+where it stands.
 """
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trt_kd.reporting.drawing import INK, Drawing, canvas, svg_of
+from trt_kd.reporting.labels import Box, Point, distance, nearest, place_labels
 from trt_kd.reporting.model import Report, Role, Variant
 from trt_kd.reporting.readings import (
     first_workload,
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GRID = "#010203", "#040506"
-"""Stand-ins in the drawing, replaced by the page's own colours."""
 COLOURS: dict[Role, str] = {
     "teacher": "#8a8a8a",
     "teacher_quantized": "#8a8a8a",
@@ -36,21 +32,13 @@ COLOURS: dict[Role, str] = {
     "student": "#0087c7",
     "student_quantized": "#0087c7",
 }
-WIDTH, HEIGHT = 4.2, 3.3
-FONT_POINTS = 9.5
+HEIGHT = 3.3
+"""Inches."""
+FAR_POINTS = 14.0
+"""From here on a name needs a line to its mark."""
 
-
-Box = tuple[float, float, float, float]
-"""Left, bottom, right and top in pixels."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: what it shows in a sentence, and the SVG."""
-
-    title: str
-    text: str
-    svg: str
+Line = list[tuple[float, float]]
+"""Corners of a line, in the units of the axes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +94,7 @@ def _trade_off(
     workload = first_workload(report)
     if len(marks) < 2 or workload is None:
         return None
-    with _figure(HEIGHT) as figure:
+    with canvas(HEIGHT) as figure:
         axes = figure.subplots()
         front = [marks[i] for i in pareto([(m.latency, m.quality) for m in marks])]
         axes.plot(
@@ -119,8 +107,8 @@ def _trade_off(
         axes.set_ylabel(label)
         axes.set_xlim(0, 1.28 * max(mark.latency for mark in marks))
         axes.margins(y=0.18)
-        _label(figure, axes, marks, front)
-        svg = _svg(figure, title)
+        _label(figure, axes, marks, [[(m.latency, m.quality) for m in front]])
+        svg = svg_of(figure, title)
     text = (
         f"{title}. Dashed: the Pareto front, variants that no other beats on both axes. Bars: "
         "95 % intervals. Diamonds: quantized. Hollow: latency of a variant of the same shapes."
@@ -164,38 +152,35 @@ def _draw_mark(axes: "Axes", mark: Mark) -> None:
     )
 
 
-def _label(figure: "Figure", axes: "Axes", marks: list[Mark], line: list[Mark]) -> None:
-    """Write each name beside its mark, on the side where it meets least."""
+def _label(figure: "Figure", axes: "Axes", marks: list[Mark], lines: list[Line]) -> None:
+    """Write each name beside its mark, with a thin line to it where it had to go further off."""
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     frame = axes.get_window_extent()
-    taken = _obstacles(axes, marks, line, scale)
-    for mark in marks:
-        x, y = axes.transData.transform((mark.latency, mark.quality))
-        boxes = list(_places(x, y, len(mark.name), scale))
-        costs = [
-            sum(_overlap(box, other) for other in taken) + 20 * _outside(box, frame)
-            for box in boxes
-        ]
-        box = boxes[costs.index(min(costs))]
-        taken.append(box)
-        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        place = axes.transData.inverted().transform(middle)
-        axes.text(place[0], place[1], mark.name, ha="center", va="center_baseline", zorder=4)
+    places = [axes.transData.transform((mark.latency, mark.quality)) for mark in marks]
+    points = [
+        Point(float(x), float(y), mark.name) for mark, (x, y) in zip(marks, places, strict=True)
+    ]
+    obstacles = _obstacles(axes, marks, lines, scale)
+    inside = (frame.x0, frame.y0, frame.x1, frame.y1)
+    boxes = place_labels(points, obstacles, inside, pixels_per_point=scale)
+    to_data = axes.transData.inverted().transform
+    for point, box in zip(points, boxes, strict=True):
+        # Letters are narrower or wider than guessed: let them start at the mark's side.
+        side = 0 if box[0] > point.x else 2 if box[2] < point.x else 1
+        edge = (box[0], (box[0] + box[2]) / 2, box[2])[side]
+        x, y = to_data((edge, (box[1] + box[3]) / 2))
+        text = axes.text(x, y, point.name, ha=("left", "center", "right")[side],
+                         va="center_baseline", zorder=4)  # fmt: skip
+        text.set_in_layout(False)
+        if distance(point, box) > FAR_POINTS * scale:
+            ends = zip(to_data((point.x, point.y)), to_data(nearest(point, box)), strict=True)
+            axes.plot(*ends, color=INK, linewidth=0.7, alpha=0.6, zorder=2, scalex=False,
+                      scaley=False)  # fmt: skip
 
 
-def _places(x: float, y: float, letters: int, scale: float) -> Iterator[Box]:
-    """Boxes around a mark where its name may stand, the best-liked first; all in pixels."""
-    width, height = 0.56 * FONT_POINTS * scale * letters, 1.3 * FONT_POINTS * scale
-    around = ((9, 0), (9, 11), (9, -11), (-9, 0), (-9, 11), (-9, -11), (0, 15), (0, -15))
-    for dx, dy in (*around, (14, 20), (14, -20), (-14, 20), (-14, -20)):
-        left = x + dx * scale - (0 if dx > 0 else width if dx < 0 else width / 2)
-        bottom = y + dy * scale - height / 2
-        yield (left, bottom, left + width, bottom + height)
-
-
-def _obstacles(axes: "Axes", marks: list[Mark], line: list[Mark], scale: float) -> list[Box]:
-    """What a name should not cover: marks, their intervals, and the line through ``line``."""
+def _obstacles(axes: "Axes", marks: list[Mark], lines: list[Line], scale: float) -> list[Box]:
+    """What a name should not cover: marks, their intervals, and ``lines``."""
     to_pixels = axes.transData.transform
     boxes = []
     for mark in marks:
@@ -203,23 +188,12 @@ def _obstacles(axes: "Axes", marks: list[Mark], line: list[Mark], scale: float) 
         reach = to_pixels((mark.latency, mark.quality + 1.96 * mark.stderr))[1] - y
         for wide, high in ((6 * scale, 6 * scale), (scale, reach)):
             boxes.append((x - wide, y - high, x + wide, y + high))
-    for first, second in pairwise((mark.latency, mark.quality) for mark in line):
+    for first, second in (ends for line in lines for ends in pairwise(line)):
         (x0, y0), (x1, y1) = to_pixels(first), to_pixels(second)
         for step in range(60):
             x, y = x0 + (x1 - x0) * step / 60, y0 + (y1 - y0) * step / 60
             boxes.append((x - scale, y - scale, x + scale, y + scale))
     return boxes
-
-
-def _overlap(first: Box, second: Box) -> float:
-    wide = min(first[2], second[2]) - max(first[0], second[0])
-    high = min(first[3], second[3]) - max(first[1], second[1])
-    return max(0.0, wide) * max(0.0, high)
-
-
-def _outside(box: Box, frame: Any) -> float:
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    return area - _overlap(box, (frame.x0, frame.y0, frame.x1, frame.y1))
 
 
 def _divergence(report: Report) -> Drawing | None:
@@ -228,7 +202,7 @@ def _divergence(report: Report) -> Drawing | None:
     if not rows:
         return None
     title = "Divergence from the teacher"
-    with _figure(0.9 + 0.42 * len(rows)) as figure:
+    with canvas(0.9 + 0.42 * len(rows)) as figure:
         axes = figure.subplots()
         values = [v.quality.kl_to_teacher_nats or 0.0 for v in rows]
         errors = [1.96 * (v.quality.kl_to_teacher_nats_stderr or 0.0) for v in rows]
@@ -244,7 +218,7 @@ def _divergence(report: Report) -> Drawing | None:
         axes.set_xlim(0, 1.2 * limit)
         for place, (value, error) in enumerate(zip(values, errors, strict=True)):
             axes.text(value + error + 0.015 * limit, place, f"{value:.3f}", va="center_baseline")
-        svg = _svg(figure, title)
+        svg = svg_of(figure, title)
     return Drawing(title, f"{title} on held-out text. Lines: 95 % intervals.", svg)
 
 
@@ -253,9 +227,10 @@ def _throughput(report: Report) -> Drawing | None:
     if not rows:
         return None
     title = "Throughput by batch size"
-    with _figure(HEIGHT) as figure:
+    with canvas(HEIGHT) as figure:
         axes = figure.subplots()
         ends: list[Mark] = []
+        lines: list[Line] = []
         for variant in rows:
             records = sorted(variant.speed, key=lambda record: record.batch_size)
             sizes = [record.batch_size for record in records]
@@ -266,6 +241,7 @@ def _throughput(report: Report) -> Drawing | None:
                 color=COLOURS[variant.role], marker="D" if quantized else "o", markersize=6,
                 linestyle="-" if quantized else (0, (4, 3)), linewidth=1.6,
             )  # fmt: skip
+            lines.append(list(zip(sizes, rates, strict=True)))
             ends.append(Mark(variant.role, variant.name, sizes[-1], rates[-1], 0.0, False))
         sizes = sorted({record.batch_size for v in rows for record in v.speed})
         axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -273,57 +249,7 @@ def _throughput(report: Report) -> Drawing | None:
         axes.set_ylim(0, None)
         axes.set_xlabel("batch size")
         axes.set_ylabel("output tokens per second")
-        _label(figure, axes, ends, [])
-        svg = _svg(figure, title)
+        _label(figure, axes, ends, lines)
+        svg = svg_of(figure, title)
     text = f"{title}. Bars: half range over the repeats. Solid: quantized."
     return Drawing(title, text, svg)
-
-
-@contextmanager
-def _figure(height: float) -> "Iterator[Figure]":
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "trt_kd", "text.parse_math": False,
-        "font.family": "sans-serif", "font.size": FONT_POINTS, "axes.titlesize": FONT_POINTS,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": GRID, "axes.edgecolor": GRID,
-        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.formatter.use_mathtext": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        figure.patch.set_visible(False)
-        yield figure
-
-
-def _svg(figure: "Figure", title: str) -> str:
-    """The drawing as an element to stand in a page: themed, titled, without outside names."""
-    buffer = io.StringIO()
-    for axes in figure.axes:
-        axes.patch.set_visible(False)
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    opening, _, body = buffer.getvalue().partition("<svg")[2].partition(">")
-    box = re.search(r'viewBox="[\d. ]+"', opening)
-    if box is None:
-        raise ValueError("matplotlib wrote an SVG without a viewBox")
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = body.replace("xlink:href", "href")
-    body = body.replace(INK, "currentColor").replace(GRID, "var(--line)")
-    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    body = _own_names(body, re.sub(r"\W+", "-", title.lower()))
-    return f'<svg role="img" aria-label="{escape(title)}" {box[0]}>{body}'
-
-
-def _own_names(text: str, prefix: str) -> str:
-    """Drop names that nothing refers to and make the rest unique in the page."""
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-
-    def name(found: "re.Match[str]") -> str:
-        return f' id="{prefix}-{found[1]}"' if found[1] in used else ""
-
-    text = re.sub(r'\sid="([^"]*)"', name, text)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)

@@ -1,6 +1,6 @@
 """``report.md``: the same report for a repository, a pull request or a terminal."""
 
-from trt_kd.reporting import details
+from trt_kd.reporting import details, pruning_tables
 from trt_kd.reporting.model import Report
 from trt_kd.reporting.page import environment_rows, recipe_text
 from trt_kd.reporting.readings import verdict_sentence
@@ -17,6 +17,10 @@ def report_markdown(report: Report) -> str:
     sections = [
         ("Gates", details.gates(report)),
         ("Result", comparison(report)),
+    ]
+    parts += [f"## {title}\n\n{markdown(table)}" for title, table in sections if table.rows]
+    parts += _cut(report)
+    sections = [
         ("What each stage cost and gave back", details.stage_costs(report)),
         ("Every workload", details.workloads(report)),
         ("Further exports", details.exports(report)),
@@ -36,3 +40,22 @@ def report_markdown(report: Report) -> str:
     ]
     parts.append("## Lineage\n\n" + "\n".join(nodes) + "\n")
     return "\n".join(parts)
+
+
+def _cut(report: Report) -> list[str]:
+    """What was cut, or nothing."""
+    pruning = report.pruning
+    if pruning is None:
+        return []
+    evidence = pruning_tables.evidence(pruning)
+    tables = [
+        ("Sizes", pruning_tables.sizes(report, pruning)),
+        ("Layers", pruning_tables.layers(pruning)),
+        ("Predicted memory", pruning_tables.memory(report, pruning)),
+    ]
+    return [
+        "## What was cut\n\n" + markdown(pruning_tables.parts(report, pruning)),
+        *([f"{evidence}\n"] if evidence else []),
+        *(f"{plain(sentence)}\n" for sentence in pruning.missing),
+        *(f"### {title}\n\n{markdown(table)}" for title, table in tables if table.rows),
+    ]

@@ -208,6 +208,98 @@ class LineageNode(_Record):
     """Key prefixes of its inputs by role."""
 
 
+class PartCount(_Record):
+    """Parameters of one part of the model."""
+
+    name: str
+    """Embedding, attention, mlp, norms, lm_head, router or experts."""
+    parameters_before: int
+    """Parameters of the part in the model ``before``."""
+    parameters_after: int
+    """Parameters of the part in the model ``after``."""
+
+
+class SizeChange(_Record):
+    """One size of the model."""
+
+    name: str
+    """Layers, hidden, ffn, heads, kv_heads, head_dim, vocab, experts or expert_ffn."""
+    before: int
+    """Size of the model ``before``."""
+    after: int
+    """Size of the model ``after``."""
+
+
+class Refitted(_Record):
+    """A projection that lost inputs, and what that cost."""
+
+    projection: Literal["down", "output"]
+    """Down projection of the MLP, or output projection of the attention."""
+    plain_energy_lost: float | None
+    """Squared error of its output over the squared output, inputs cut and no more, 0 to 1."""
+    refit_energy_lost: float | None
+    """The same after the refit to the inputs that are left."""
+    ridge: float | Literal["plain cut"] | None
+    """Pull towards the plain cut that did best outside the fit; null where it was not recorded."""
+
+
+class LayerCut(_Record):
+    """One layer of the model before the cut."""
+
+    layer: int
+    """Its number from 0."""
+    kept: bool | None
+    """False where the layer was dropped; null where layers were and which was not recorded."""
+    block_influence: float | None
+    """Mean over calibration tokens of 1 - cosine of the layer's input and output."""
+    refits: list[Refitted] = []
+    """Its projections that were refit."""
+
+
+class MemoryForecast(_Record):
+    """Predicted memory of one model in one format; activations and runtime are not counted."""
+
+    role: Role
+    """The model."""
+    weight_format: str
+    """Format of the weights of projections and experts."""
+    bits_per_weight: float
+    """Bits of one of these weights with its share of the block's scale."""
+    kv_format: str
+    """Format of the key-value cache."""
+    batch_size: int
+    """Sequences in the cache."""
+    tokens: int
+    """Tokens of each of them, input and output."""
+    weights_bytes: int
+    """All weights with their scales."""
+    kv_cache_bytes: int
+    """The key-value cache."""
+
+
+class Pruning(_Record):
+    """What was cut."""
+
+    before: Role
+    """The model that was cut."""
+    after: Role
+    """What came of it."""
+    parts: list[PartCount]
+    """Parameters by part."""
+    sizes: list[SizeChange]
+    """Sizes by name, those that stayed included."""
+    layers: list[LayerCut] = []
+    """Sensitivity and loss layer by layer, of the model before the cut."""
+    memory: list[MemoryForecast] = []
+    """Predicted memory by format and batch, before and after."""
+    calibration_tokens: int | None = None
+    """Tokens behind scores and refit."""
+    importance_pass_s: float | None = None
+    """Duration of the scoring pass."""
+    missing: list[str] = []
+    """What is left out and why, a sentence each."""
+
+
 class Report(_Record):
     """Everything the page shows."""
 
@@ -227,6 +319,8 @@ class Report(_Record):
     """Rows, the baseline first."""
     exports: list[ExportRow] = []
     """Further exported artifacts."""
+    pruning: Pruning | None = None
+    """What was cut; null where nothing was pruned or the model before is not in the report."""
     gates: list[GateResult] = []
     """The limits of the recipe, in its order."""
     environment: dict[str, Any] = {}

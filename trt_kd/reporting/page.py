@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trt_kd.reporting import details, tables
+from trt_kd.reporting import details, pruning_tables, tables
 from trt_kd.reporting.figures import figures
 from trt_kd.reporting.formatting import bytes_text
 from trt_kd.reporting.model import Report
+from trt_kd.reporting.pruning_figure import layer_figure
 from trt_kd.reporting.readings import headline, verdict_sentence
 
 if TYPE_CHECKING:
@@ -29,12 +30,32 @@ def page(report: Report) -> str:
         gates=details.gates(report),
         comparison=tables.comparison(report),
         figures=[(drawing.text, Markup(drawing.svg)) for drawing in figures(report)],
+        cut=_cut(report),
         workloads=details.workloads(report),
         costs=details.stage_costs(report),
         exports=details.exports(report),
         environment=environment_rows(report.environment),
         recipe=recipe_text(report.recipe),
     )
+
+
+def _cut(report: Report) -> dict[str, Any] | None:
+    """Tables and figure of what was cut."""
+    from markupsafe import Markup
+
+    pruning = report.pruning
+    if pruning is None:
+        return None
+    drawing = layer_figure(pruning)
+    return {
+        "parts": pruning_tables.parts(report, pruning),
+        "sizes": pruning_tables.sizes(report, pruning),
+        "layers": pruning_tables.layers(pruning),
+        "memory": pruning_tables.memory(report, pruning),
+        "evidence": pruning_tables.evidence(pruning),
+        "missing": pruning.missing,
+        "figure": (drawing.text, Markup(drawing.svg)) if drawing else None,
+    }
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:

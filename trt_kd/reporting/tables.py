@@ -235,13 +235,22 @@ def _spread(stderr: float | None, digits: int) -> str:
 
 def markdown(table: Table) -> str:
     """``table`` in GitHub's Markdown, caption below."""
-    head = [table.first, *table.columns]
+    head = [table.first, *_titles(table)]
     lines = [_line(head), _line([":--", *["--:"] * len(table.columns)])]
     for row in table.rows:
         name = f"{row.name} (baseline)" if row.baseline else row.name
         name += f" [{row.detail}]" if row.detail else ""
         lines.append(_line([name, *(cell.text() for cell in row.cells)]))
     return "\n".join(lines) + (f"\n\n{table.caption}" if table.caption else "") + "\n"
+
+
+def _titles(table: Table) -> list[str]:
+    """Columns, with the heading above them where it alone tells two of them apart."""
+    if len(set(table.columns)) == len(table.columns):
+        return table.columns
+    above = [heading for heading, span in table.groups for _ in range(span)]
+    pairs = zip(above, table.columns, strict=True)
+    return [f"{heading}: {column}" for heading, column in pairs]
 
 
 def _line(cells: list[str]) -> str:

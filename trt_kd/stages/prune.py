@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BATCH = 4
+SEQUENTIAL = frozenset({"ffn", "heads", "kv_heads", "depth"})
+"""Axes whose cut leaves the residual stream's size and every token's way as they are."""
 # On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
 _REHEARSAL_SHARE = 0.97
 
@@ -75,6 +77,13 @@ class PruneConfig(StageConfig):
             axis.unit == "channels" for axis in self.axes
         ):
             raise ValueError("importance ranks channels, and no axis cuts any; leave it out")
+        if self.reconstruct is not None and self.reconstruct.schedule == "sequential":
+            others = {axis.kind for axis in self.axes} - SEQUENTIAL
+            if others:
+                raise ValueError(
+                    "reconstruct.schedule sequential does not go with "
+                    f"{', '.join(sorted(others))}: only with {', '.join(sorted(SEQUENTIAL))}"
+                )
         return self
 
     def outside(self) -> dict[str, str]:

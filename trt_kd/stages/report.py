@@ -92,17 +92,20 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
         ArtifactError: if an input has another name, is damaged, or the baseline has no model.
     """
     from trt_kd.reporting import collect
+    from trt_kd.reporting.pruning import pruning_of
     from trt_kd.reporting.verdicts import decide, overall
 
     sources = collect.sort_inputs(inputs)
+    rows = collect.variants(sources, baseline=config.baseline, names=config.roles)
     found = Report(
         name=str(config.recipe.get("name", "report")),
         title=config.title,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         verdict="undecided",
         baseline=config.baseline,
-        variants=collect.variants(sources, baseline=config.baseline, names=config.roles),
+        variants=rows,
         exports=collect.export_rows(sources),
+        pruning=pruning_of(sources, rows),
         environment=collect.environment_of(sources),
         recipe=config.recipe,
         lineage=collect.lineage(inputs),

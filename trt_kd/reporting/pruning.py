@@ -1,0 +1,252 @@
+"""What was cut: the prune stage's record and both shapes, checked against each other."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.artifacts import Artifact
+from trt_kd.pruning.budget import MB, memory_table
+from trt_kd.pruning.catalogue import SIZES, catalogue
+from trt_kd.reporting.collect import Sources, shape_of
+from trt_kd.reporting.model import (
+    LayerCut,
+    MemoryForecast,
+    PartCount,
+    Pruning,
+    Refitted,
+    Role,
+    SizeChange,
+    Variant,
+)
+
+Projection = Literal["down", "output"]
+PROJECTIONS: dict[str, Projection] = {"ffn": "down", "heads": "output", "kv_heads": "output"}
+"""What is refit after a cut along an axis."""
+UNTIMED = {2048: [1, 8, 64]}
+"""Batch sizes by tokens where no benchmark names any."""
+
+
+def pruning_of(sources: Sources, rows: Sequence[Variant]) -> Pruning | None:
+    """What was cut out of the teacher, or None where nothing was; ``rows`` tell what was timed.
+
+    Metrics that the pruned artifact lacks, or that do not fit its shape, are left out and named.
+    """
+    teacher, cut = sources.roles.get("teacher"), _cut(sources)
+    if teacher is None or cut is None:
+        return None
+    before, after = shape_of(teacher["model"]), shape_of(cut)
+    if before is None or after is None:
+        return None
+    missing: list[str] = []
+    workloads = _workloads(rows)
+    if not workloads:
+        missing.append("Nothing was timed: memory is predicted for 2,048 tokens.")
+    role: Role = "student" if "student" in sources.roles else "pruned"
+    return Pruning(
+        before="teacher",
+        after=role,
+        parts=_parts(before, after),
+        sizes=_sizes(before, after),
+        layers=_layers(cut, before, after, missing),
+        memory=[
+            *_memory("teacher", before, workloads or UNTIMED),
+            *_memory(role, after, workloads or UNTIMED),
+        ],
+        calibration_tokens=_whole(cut, "calibration_tokens"),
+        importance_pass_s=_number(cut.metrics.get("importance_pass_s")),
+        missing=missing,
+    )
+
+
+def _cut(sources: Sources) -> Artifact | None:
+    pruned = sources.roles.get("pruned", {}).get("model")
+    student = sources.roles.get("student", {}).get("model")
+    if pruned is None and student is not None and student.manifest.stage == "prune":
+        return student
+    return pruned
+
+
+def _workloads(rows: Sequence[Variant]) -> dict[int, list[int]]:
+    """Batch sizes that were timed, by tokens of a sequence."""
+    pairs = {(r.input_tokens + r.output_tokens, r.batch_size) for v in rows for r in v.speed}
+    found: dict[int, list[int]] = {}
+    for tokens, batch in sorted(pairs):
+        found.setdefault(tokens, []).append(batch)
+    return found
+
+
+def _parts(before: ModelShape, after: ModelShape) -> list[PartCount]:
+    old, new = before.parts(), after.parts()
+    counts = [(name, old.get(name, 0), new.get(name, 0)) for name in {**old, **new}]
+    return [
+        PartCount(name=name, parameters_before=first, parameters_after=second)
+        for name, first, second in counts
+        if first or second
+    ]
+
+
+def _sizes(before: ModelShape, after: ModelShape) -> list[SizeChange]:
+    names = ("layers", *(name for name in SIZES if name != "layers"))
+    pairs = [(name, getattr(before, name), getattr(after, name)) for name in names]
+    return [SizeChange(name=name, before=a, after=b) for name, a, b in pairs if a or b]
+
+
+def _memory(
+    role: Role, shape: ModelShape, workloads: Mapping[int, list[int]]
+) -> list[MemoryForecast]:
+    found = []
+    for name, stored in catalogue().formats.items():
+        cache = "fp32" if stored.rest_bits == 32 else "bf16"
+        for tokens, batches in workloads.items():
+            rows = memory_table(
+                shape, formats=[name], batches=batches, tokens=tokens, kv_format=cache
+            )
+            found += [
+                MemoryForecast(
+                    role=role,
+                    weight_format=name,
+                    bits_per_weight=row["bits_per_weight"],
+                    kv_format=cache,
+                    batch_size=row["batch"],
+                    tokens=tokens,
+                    weights_bytes=round(row["weights_mb"] * MB),
+                    kv_cache_bytes=round(row["kv_cache_mb"] * MB),
+                )
+                for row in rows
+            ]
+    return found
+
+
+def _layers(
+    cut: Artifact, before: ModelShape, after: ModelShape, missing: list[str]
+) -> list[LayerCut]:
+    recorded = cut.metrics.get("parameters_before")
+    if isinstance(recorded, int) and recorded != before.parameters:
+        missing.append(
+            f"The last cut was made of a model of {recorded:,} parameters, not of the teacher: "
+            "its layers are left out."
+        )
+        return []
+    influence = _numbers(cut, "block_influence", before.layers, "Block influence", missing)
+    kept = _kept(cut, before, after, missing)
+    refits = _refits(cut, before, after, missing)
+    if influence is None and not refits and all(kept):
+        return []
+    return [
+        LayerCut(
+            layer=layer,
+            kept=kept[layer],
+            block_influence=influence[layer] if influence else None,
+            refits=refits.get(layer, []),
+        )
+        for layer in range(before.layers)
+    ]
+
+
+def _kept(
+    cut: Artifact, before: ModelShape, after: ModelShape, missing: list[str]
+) -> Sequence[bool | None]:
+    if after.layers == before.layers:
+        return [True] * before.layers
+    recorded = cut.metrics.get("kept_layers")
+    found = recorded if isinstance(recorded, list) else []
+    kept = [layer in found for layer in range(before.layers)]
+    if sum(kept) != after.layers:
+        missing.append(
+            f"{before.layers - after.layers} of {before.layers} layers were dropped; "
+            "which ones was not recorded."
+        )
+        return [None] * before.layers
+    return kept
+
+
+def _refits(
+    cut: Artifact, before: ModelShape, after: ModelShape, missing: list[str]
+) -> dict[int, list[Refitted]]:
+    """Refitted projections by layer, told apart by the order that the prune stage keeps."""
+    config = cut.manifest.config
+    narrowed = _narrowed(config.get("axes"), before, after)
+    if not narrowed:
+        return {}
+    if "reconstruct" in config and config["reconstruct"] is None:
+        missing.append("No projection was refit: reconstruct was off.")
+        return {}
+    if before.expert_layers and before.dense_layers and "down" in narrowed:
+        missing.append("Layers with and without experts are mixed: refits are left out.")
+        return {}
+    places = [(kind, layer) for kind in narrowed for layer in range(before.layers)]
+    count = len(places)
+    plain = _numbers(cut, "plain_residual", count, "Energy lost by the plain cut", missing)
+    refit = _numbers(cut, "reconstruction_residual", count, "Energy lost after the refit", missing)
+    if plain is None and refit is None:
+        return {}
+    ridges = _ridges(cut, count, missing)
+    found: dict[int, list[Refitted]] = {}
+    for place, (kind, layer) in enumerate(places):
+        found.setdefault(layer, []).append(
+            Refitted(
+                projection=kind,
+                plain_energy_lost=plain[place] if plain else None,
+                refit_energy_lost=refit[place] if refit else None,
+                ridge=ridges[place],
+            )
+        )
+    return found
+
+
+def _narrowed(axes: Any, before: ModelShape, after: ModelShape) -> list[Projection]:
+    """Kinds of projections that lost inputs, in the order of the axes."""
+    cut = {
+        "ffn": after.ffn < before.ffn,
+        "heads": after.heads // after.kv_heads < before.heads // before.kv_heads,
+        "kv_heads": after.kv_heads < before.kv_heads,
+    }
+    entries = axes if isinstance(axes, list) else []
+    order = [str(entry.get("kind")) for entry in entries if isinstance(entry, dict)] or list(cut)
+    return list(dict.fromkeys(PROJECTIONS[kind] for kind in order if cut.get(kind)))
+
+
+def _ridges(
+    cut: Artifact, count: int, missing: list[str]
+) -> Sequence[float | Literal["plain cut"] | None]:
+    name = "reconstruction_ridge"
+    value = cut.metrics.get(name)
+    # The record has null where the plain cut did best.
+    known = [0.0 if each is None else each for each in value] if isinstance(value, list) else value
+    found = _checked(known, name, count, "The ridge of every refit", missing)
+    if found is None or not isinstance(value, list):
+        return [None] * count
+    return ["plain cut" if each is None else float(each) for each in value]
+
+
+def _numbers(
+    cut: Artifact, name: str, count: int, what: str, missing: list[str]
+) -> list[float] | None:
+    return _checked(cut.metrics.get(name), name, count, what, missing)
+
+
+def _checked(
+    value: Any, name: str, count: int, what: str, missing: list[str]
+) -> list[float] | None:
+    """``value`` as ``count`` finite numbers; else None, and ``missing`` says why."""
+    if value is None:
+        missing.append(f"{what} was not recorded.")
+        return None
+    found = [_number(each) for each in value] if isinstance(value, list) else []
+    numbers = [each for each in found if each is not None]
+    if len(numbers) != len(found) or len(found) != count:
+        missing.append(f"{what} is left out: {name} is not a list of {count} numbers.")
+        return None
+    return numbers
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _whole(cut: Artifact, name: str) -> int | None:
+    value = cut.metrics.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
