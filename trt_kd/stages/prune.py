@@ -120,8 +120,17 @@ class PruneConfig(StageConfig):
         widest = max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
         activations = 4 * _BATCH * self.data.block_tokens * (shape.layers * shape.hidden)
         activations += 4 * _BATCH * self.data.block_tokens * 8 * widest
-        refit = self.reconstruct.memory_bytes(self._refit_widths(shape)) if self.reconstruct else 0
-        return weights + activations + refit
+        return weights + activations + self._refit_bytes(shape)
+
+    def _refit_bytes(self, shape: ModelShape) -> int:
+        """Gram matrices, and both residual streams with the next one of a sequential refit."""
+        if self.reconstruct is None:
+            return 0
+        widths = self._refit_widths(shape)
+        if self.reconstruct.schedule == "once":
+            return self.reconstruct.memory_bytes(widths)
+        streams = 3 * 4 * self.blocks() * self.data.block_tokens * shape.hidden
+        return self.reconstruct.memory_bytes([max([shape.ffn, *widths])]) + streams
 
     def _refit_widths(self, shape: ModelShape) -> list[int]:
         """Inputs of the projections that will be refit."""
