@@ -48,7 +48,9 @@ ALLOWED_BETWEEN_FAMILIES = {
     ("doctor", "exporters"): "lists every registered lane; reads the table only",
     ("exporters", "quantization"): "an export of a quantized model starts by restoring it",
     ("reporting", "pruning"): "predicts memory with the budget's closed forms",
+    ("teachers", "losses"): "a cached teacher gives the rows that top-k losses read",
     ("training", "losses"): "the objective is a sum of losses",
+    ("training", "teachers"): "one trainer reads a cached teacher's rows",
 }
 """Further imports from one family to another, each with its reason."""
 

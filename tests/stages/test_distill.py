@@ -205,7 +205,7 @@ def test_the_cross_entropy_control_runs_without_a_teacher_on_the_same_tokens(
 
 def test_the_control_does_not_depend_on_options_without_effect(settings):
     plain = settings().cross_entropy()
-    assert settings(loss="jsd", task_weight=0.2).cross_entropy() == plain
+    assert settings(loss="jsd", task_weight=0.2, label_smoothing=0.1).cross_entropy() == plain
     assert (plain.task_weight, plain.response_weight) == (1.0, 0.0)
 
 
@@ -384,6 +384,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoints(
     ("changes", "message"),
     [
         ({"response_weight": 0}, "both 0"),
+        ({"label_smoothing": 0.1}, "label_smoothing has no effect"),
         ({"warmup_steps": STEPS}, "warmup_steps 6 must be below steps 6"),
         ({"precision": "fp16"}, "bf16"),
         ({"lr": 1e-3}, "Extra inputs"),

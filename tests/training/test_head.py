@@ -5,13 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from trt_kd.errors import ModelError
+from trt_kd.losses import LOSSES
 from trt_kd.losses.jsd import JensenShannon
 from trt_kd.losses.kl import ForwardKL, ReverseKL
+from trt_kd.losses.top_k import top_k_of
+from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training import head as head_module
 from trt_kd.training.head import Head, Objective, head_loss
-from trt_kd.training.trainer import check_linear_head
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 29
+REGISTERED = [LOSSES.load(name)() for name in LOSSES.names()]
 
 
 @pytest.fixture
@@ -39,14 +42,14 @@ def clear(rows):
         rows[name].grad = None
 
 
-@pytest.mark.parametrize("loss", [ForwardKL(temperature=2.0), ReverseKL(), JensenShannon()])
+@pytest.mark.parametrize("loss", [ForwardKL(temperature=2.0), *REGISTERED], ids=lambda x: x.kind)
 @pytest.mark.parametrize("terms", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
 @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
 def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, sizes, monkeypatch):
     (task_weight, response_weight), (group, piece) = terms, sizes
     monkeypatch.setattr(head_module, "GROUP_BYTES", group * 8 * VOCABULARY)
     monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
-    objective = Objective(loss, task_weight, response_weight)
+    objective = Objective(loss, task_weight, response_weight, label_smoothing=0.1)
 
     total, task, response = head_loss(
         objective,
@@ -62,8 +65,8 @@ def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, size
 
     logits = F.linear(rows["hidden"], rows["weight"], rows["bias"])
     mask = torch.ones(TOKENS, dtype=torch.bool)
-    plain_task = F.cross_entropy(logits, rows["labels"], reduction="sum")
-    plain_response = loss(logits, rows["teacher"], mask)
+    plain_task = F.cross_entropy(logits, rows["labels"], reduction="sum", label_smoothing=0.1)
+    plain_response = loss(logits, rows["teacher"], mask, rows["labels"])
     plain = task_weight * plain_task + response_weight * plain_response
     (plain / 3).backward()
 
@@ -71,6 +74,45 @@ def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, size
     torch.testing.assert_close(task, plain_task.detach() * bool(task_weight))
     torch.testing.assert_close(response, plain_response.detach() * bool(response_weight))
     torch.testing.assert_close(found, gradients(rows))
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JensenShannon()])
+@pytest.mark.parametrize("terms", [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
+def test_a_teacher_of_few_tokens_gives_the_bucketed_loss_of_plain_autograd(
+    rows, loss, terms, sizes, monkeypatch
+):
+    (task_weight, response_weight), (group, piece) = terms, sizes
+    monkeypatch.setattr(head_module, "GROUP_BYTES", group * 8 * VOCABULARY)
+    monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
+    top = top_k_of(rows["teacher"], 6)
+    total, _, response = head_loss(
+        Objective(loss, task_weight, response_weight),
+        rows["hidden"],
+        Head(rows["weight"], rows["bias"]),
+        rows["labels"],
+        teacher=top.__getitem__,
+        dtype=torch.float64,
+    )
+    (total / 3).backward()
+    found = gradients(rows)
+    clear(rows)
+
+    logits = F.linear(rows["hidden"], rows["weight"], rows["bias"])
+    logp = logits.log_softmax(-1)
+    rest = logp.scatter(-1, top.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    student = torch.cat((logp.gather(-1, top.ids), rest), -1)
+    teacher = torch.cat((top.logp, top.tail[:, None]), -1)
+    plain_response = loss(student, teacher, torch.ones(TOKENS, dtype=torch.bool))
+    plain_task = F.cross_entropy(logits, rows["labels"], reduction="sum")
+    ((task_weight * plain_task + response_weight * plain_response) / 3).backward()
+    torch.testing.assert_close(response, plain_response.detach())
+    torch.testing.assert_close(found, gradients(rows))
+
+
+def test_a_response_term_without_a_teacher_is_an_error(rows):
+    with pytest.raises(ValueError, match="teacher's rows"):
+        Objective(ForwardKL(), 0.0, 1.0).parts(rows["teacher"], None, rows["labels"])
 
 
 def test_a_bf16_head_comes_close_to_a_float32_one(rows):

@@ -179,10 +179,7 @@ def _finish(
         environment=environment(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    for name in files:
-        _sync(draft.path / name)
-    for folder in sorted(path for path in draft.path.rglob("*") if path.is_dir()):
-        _sync(folder)
+    sync_tree(draft.path)
     target = draft.path / MANIFEST
     target.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _sync(target)
@@ -224,6 +221,13 @@ def _files(root: Path) -> list[str]:
     found = (path for path in root.rglob("*") if path.is_file())
     names = (path.relative_to(root).as_posix() for path in found)
     return sorted(name for name in names if name != MANIFEST)
+
+
+def sync_tree(root: Path) -> None:
+    """Bring every file and folder below ``root`` to disk."""
+    for path in sorted(root.rglob("*")):
+        _sync(path)
+    _sync(root)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from trt_kd.config import StageConfig
 
 MANIFEST = "trt_kd.json"
 
-Kind = Literal["checkpoint", "quantized", "export", "evaluation", "benchmark", "report"]
+Kind = Literal["checkpoint", "scores", "quantized", "export", "evaluation", "benchmark", "report"]
 Metric = float | int | str | bool | None | list[Any] | dict[str, Any]
 
 

@@ -3,7 +3,7 @@
 Source: Agarwal et al. 2024, GKD (arXiv:2306.13649), equation 1; teacher P, student Q.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -21,6 +21,8 @@ class JensenShannon(KDLoss):
     its gradient fades towards both ends.
     """
 
+    f_divergence: ClassVar[bool] = True
+
     kind: Literal["jsd"] = "jsd"
     """Name in the registry."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -28,10 +30,30 @@ class JensenShannon(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(self, student_TV: "Tensor", teacher_TV: "Tensor", mask_T: "Tensor") -> "Tensor":
+    def __call__(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "Tensor":
         """See the base class."""
         from trt_kd.losses.maths import jensen_shannon
 
         return jensen_shannon(
+            student_TV, teacher_TV, mask_T, beta=self.beta, temperature=self.temperature
+        )
+
+    def value_and_gradient(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "tuple[Tensor, Tensor]":
+        """See the base class; the gradient in closed form."""
+        from trt_kd.losses.maths import jensen_shannon_gradient
+
+        return jensen_shannon_gradient(
             student_TV, teacher_TV, mask_T, beta=self.beta, temperature=self.temperature
         )

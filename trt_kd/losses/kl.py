@@ -1,10 +1,11 @@
-"""Forward and reverse Kullback-Leibler distillation.
+"""Forward, reverse and symmetric Kullback-Leibler distillation.
 
 Sources: Hinton et al. 2015 (arXiv:1503.02531) for the temperature and its square;
-Gu et al. 2024, MiniLLM (arXiv:2306.08543) for the reverse direction.
+Gu et al. 2024, MiniLLM (arXiv:2306.08543) for the reverse direction; Jeffreys 1946
+(doi:10.1098/rspa.1946.0056) for the sum of both, of which the mean is half.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveFloat
 
@@ -17,19 +18,31 @@ if TYPE_CHECKING:
 class ForwardKL(KDLoss):
     r"""Mode-covering loss :math:`\tau^2 \sum_t D_{KL}(p_t \| q_t)`, teacher p, student q."""
 
+    f_divergence: ClassVar[bool] = True
+
     kind: Literal["forward_kl"] = "forward_kl"
     """Name in the registry."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(self, student_TV: "Tensor", teacher_TV: "Tensor", mask_T: "Tensor") -> "Tensor":
+    def __call__(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "Tensor":
         """See the base class."""
         from trt_kd.losses.maths import forward_kl
 
         return forward_kl(student_TV, teacher_TV, mask_T, self.temperature)
 
     def value_and_gradient(
-        self, student_TV: "Tensor", teacher_TV: "Tensor", mask_T: "Tensor"
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
         """See the base class; the gradient in closed form."""
         from trt_kd.losses.maths import forward_kl_gradient
@@ -40,13 +53,72 @@ class ForwardKL(KDLoss):
 class ReverseKL(KDLoss):
     r"""Mode-seeking loss :math:`\tau^2 \sum_t D_{KL}(q_t \| p_t)`, teacher p, student q."""
 
+    f_divergence: ClassVar[bool] = True
+
     kind: Literal["reverse_kl"] = "reverse_kl"
     """Name in the registry."""
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(self, student_TV: "Tensor", teacher_TV: "Tensor", mask_T: "Tensor") -> "Tensor":
+    def __call__(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "Tensor":
         """See the base class."""
         from trt_kd.losses.maths import reverse_kl
 
         return reverse_kl(student_TV, teacher_TV, mask_T, self.temperature)
+
+    def value_and_gradient(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "tuple[Tensor, Tensor]":
+        """See the base class; the gradient in closed form."""
+        from trt_kd.losses.maths import reverse_kl_gradient
+
+        return reverse_kl_gradient(student_TV, teacher_TV, mask_T, self.temperature)
+
+
+class SymmetricKL(KDLoss):
+    r"""Mean of forward and reverse KL, half of Jeffreys' divergence.
+
+    :math:`\frac{\tau^2}{2} \sum_t D_{KL}(p_t \| q_t) + D_{KL}(q_t \| p_t)`, teacher p, student q.
+    The mean and not the sum, so that near agreement it is as large as either direction.
+    """
+
+    f_divergence: ClassVar[bool] = True
+
+    kind: Literal["symmetric_kl"] = "symmetric_kl"
+    """Name in the registry."""
+    temperature: PositiveFloat = 1.0
+    """Softens both distributions; the loss is scaled by its square to keep gradient size."""
+
+    def __call__(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "Tensor":
+        """See the base class."""
+        from trt_kd.losses.maths import symmetric_kl
+
+        return symmetric_kl(student_TV, teacher_TV, mask_T, self.temperature)
+
+    def value_and_gradient(
+        self,
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> "tuple[Tensor, Tensor]":
+        """See the base class; the gradient in closed form."""
+        from trt_kd.losses.maths import symmetric_kl_gradient
+
+        return symmetric_kl_gradient(student_TV, teacher_TV, mask_T, self.temperature)

@@ -3,9 +3,9 @@
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from trt_kd.teachers.cache import Cache
+
 
 class DistillConfig(Schedule, StageConfig):
     """What the student learns from, on how many tokens, and how fast."""
@@ -44,6 +46,8 @@ class DistillConfig(Schedule, StageConfig):
     """Weight of the loss against the teacher; 0 trains without one."""
     task_weight: NonNegativeFloat = 0.0
     """Weight of cross-entropy with the text itself; it pulls towards narrow text."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the label's mass that cross-entropy spreads over the vocabulary."""
     teacher: plugin_field(TEACHERS, Teacher) = OnlineTeacher()  # type: ignore[valid-type]
     """How the teacher's logits are had."""
     data: DataConfig = DataConfig()
@@ -53,6 +57,20 @@ class DistillConfig(Schedule, StageConfig):
     def _has_effect(self) -> Self:
         if not self.task_weight and not self.response_weight:
             raise ValueError("task_weight and response_weight are both 0: nothing to learn")
+        if self.label_smoothing and not self.task_weight:
+            raise ValueError("label_smoothing has no effect: task_weight is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_gives_what_the_loss_needs(self) -> Self:
+        problem = self.teacher.problem(self.loss) if self.response_weight else None
+        if problem:
+            losses = [LOSSES.load(name)(kind=name) for name in LOSSES.names()]
+            choices = [loss.kind for loss in losses if self.teacher.problem(loss) is None]
+            raise ValueError(
+                f"{problem}, which teacher {self.teacher.kind} has not; choices at their "
+                f"defaults: {', '.join(choices)}; any with teacher online"
+            )
         return self
 
     @property
@@ -73,6 +91,7 @@ class DistillConfig(Schedule, StageConfig):
                 "gradient_accumulation": 1,
                 "warmup_steps": min(self.warmup_steps, 1),
                 "checkpoint_every_steps": 1,
+                "teacher": self.teacher.rehearsal(),
             }
         )
 
@@ -82,6 +101,7 @@ class DistillConfig(Schedule, StageConfig):
             update={
                 "task_weight": 1.0,
                 "response_weight": 0.0,
+                "label_smoothing": 0.0,
                 "loss": ForwardKL(),
                 "teacher": OnlineTeacher(),
             }
@@ -144,16 +164,25 @@ def train_student(
     config: DistillConfig,
     model: "PreTrainedModel",
     blocks: "NDArray[np.int64]",
-    teacher: Path | None,
+    teacher: "Path | Cache | None",
     work: Path,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on ``blocks`` in order; return the log by step."""
+    """Train ``model`` in place on ``blocks`` in order; return the log by step.
+
+    ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block.
+    """
     from trt_kd.training.head import Objective
     from trt_kd.training.loop import train
 
-    objective = Objective(config.loss, config.task_weight, config.response_weight)
-    frozen = config.teacher.load(teacher, precision=config.precision) if teacher else None
-    return train(model, frozen, blocks, objective=objective, schedule=config, work=work)
+    objective = Objective(
+        config.loss, config.task_weight, config.response_weight, config.label_smoothing
+    )
+    targets = (
+        config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
+        if isinstance(teacher, Path)
+        else teacher
+    )
+    return train(model, targets, blocks, objective=objective, schedule=config, work=work)
 
 
 def training_metrics(config: DistillConfig, history: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Teachers: where the logits to imitate come from. To add one: a module here, one line below."""
+"""Teachers: the distributions to imitate. To add one: a module here, one line below."""
 
 from trt_kd.registry import Registry
 from trt_kd.teachers.base import Teacher
@@ -7,5 +7,6 @@ TEACHERS: Registry[type[Teacher]] = Registry(
     "teacher",
     {
         "online": "trt_kd.teachers.online:OnlineTeacher",
+        "cached": "trt_kd.teachers.cached:CachedTeacher",
     },
 )

@@ -2,26 +2,52 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from typing_extensions import Self
 
 from trt_kd.config import Plugin
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
+
+    from trt_kd.losses.base import KDLoss
+    from trt_kd.teachers.cache import Cache
+
+    Targets: TypeAlias = PreTrainedModel | Cache
 
 Precision = Literal["bf16", "fp32"]
 
 
 class Teacher(Plugin, ABC):
-    """Turns a checkpoint into the frozen module whose logits the student imitates."""
+    """Turns a checkpoint into what the student imitates."""
 
     @abstractmethod
-    def load(self, directory: Path, *, precision: Precision) -> "PreTrainedModel":
-        """Load from ``directory``, frozen, in evaluation mode.
+    def targets(
+        self, directory: Path, blocks: "NDArray[np.int64]", *, precision: Precision, work: Path
+    ) -> "Targets":
+        """Make ready what training on ``blocks`` ``[count, L]`` asks for.
 
-        ``precision`` is that of the training's matrix products. Called with token ids ``[B, L]``
-        the module returns ``logits`` ``[B, L, V]`` that come from a linear head.
+        Args:
+            directory: the teacher's checkpoint.
+            blocks: all token blocks that training reads.
+            precision: that of the training's matrix products.
+            work: folder for what shall survive a kill.
+
+        Returns:
+            A frozen model whose ``logits`` ``[B, L, V]`` come from a linear head, or a cache of
+            log-probabilities that holds every block.
 
         Raises:
             ModelError: if the checkpoint is damaged.
         """
+
+    def problem(self, loss: "KDLoss") -> str | None:
+        """Why ``loss`` cannot be had from this teacher; None where it can."""
+        return None
+
+    def rehearsal(self) -> Self:
+        """The same teacher for a rehearsal, which runs on a cut twin of the checkpoint."""
+        return self

@@ -7,6 +7,8 @@ from trt_kd.checkpoints import load_model
 from trt_kd.teachers.base import Precision, Teacher
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
 
@@ -16,11 +18,20 @@ class OnlineTeacher(Teacher):
     kind: Literal["online"] = "online"
     """Name in the registry."""
 
+    def targets(
+        self, directory: Path, blocks: "NDArray[np.int64]", *, precision: Precision, work: Path
+    ) -> "PreTrainedModel":
+        """See the base class; the blocks are seen as training comes to them."""
+        return self.load(directory, precision=precision)
+
     def load(self, directory: Path, *, precision: Precision) -> "PreTrainedModel":
-        """See the base class.
+        """Load the checkpoint, frozen, in evaluation mode.
 
         For bf16 training linear layers are cast once, while norms and embeddings are float32:
         bit for bit what autocast over float32 weights would give, without its casts in every step.
+
+        Raises:
+            ModelError: if the checkpoint is damaged.
         """
         import torch
         from torch import nn

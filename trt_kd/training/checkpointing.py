@@ -11,13 +11,13 @@ import os
 import shutil
 from pathlib import Path
 
+from trt_kd.artifacts import claim_work
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-KEY = "work_key"
 PREFIX = "checkpoint-"
 BYTES_PER_PARAMETER = 12
 """Weight and two moments of AdamW, float32 each."""
@@ -28,13 +28,9 @@ def claim(work: Path, key: str) -> Path:
 
     What another work left there is removed: its checkpoints must not be taken up.
     """
-    owner = work / KEY
-    if work.is_dir() and not (owner.is_file() and owner.read_text(encoding="utf-8") == key):
-        logger.warning("%s holds state of other settings; it is removed", work)
-        shutil.rmtree(work)
+    claim_work(work, key)
     checkpoints = work / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    owner.write_text(key, encoding="utf-8")
     return checkpoints
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
+from trt_kd.losses.top_k import TopK
 
 GROUP_BYTES = 256 << 20
 """Size of one group's logits; student and teacher have one each."""
@@ -35,9 +36,10 @@ class Objective:
     loss: KDLoss
     task_weight: float
     response_weight: float
+    label_smoothing: float = 0.0
 
     def parts(
-        self, student_TV: Tensor, teacher_TV: Tensor | None, labels_T: Tensor
+        self, student_TV: Tensor, teacher: Tensor | TopK | None, labels_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Task sum and response sum, unweighted, and the gradient of the weighted sum.
 
@@ -47,12 +49,12 @@ class Objective:
         task = response = torch.zeros((), dtype=student_TV.dtype, device=student_TV.device)
         gradient_TV: Tensor | None = None
         if self.response_weight:
-            if teacher_TV is None:
-                raise ValueError("the response term needs teacher logits")
-            response, gradient_TV = self.loss.value_and_gradient(student_TV, teacher_TV, mask_T)
+            response, gradient_TV = self._response(student_TV, teacher, mask_T, labels_T)
             gradient_TV = _scaled(gradient_TV, self.response_weight)
         if self.task_weight:
-            task, task_gradient_TV = cross_entropy_gradient(student_TV, labels_T, mask_T)
+            task, task_gradient_TV = cross_entropy_gradient(
+                student_TV, labels_T, mask_T, self.label_smoothing
+            )
             task_gradient_TV = _scaled(task_gradient_TV, self.task_weight)
             gradient_TV = (
                 task_gradient_TV if gradient_TV is None else gradient_TV.add_(task_gradient_TV)
@@ -60,6 +62,15 @@ class Objective:
         if gradient_TV is None:
             raise ValueError("an objective needs a weight that is not zero")
         return task, response, gradient_TV
+
+    def _response(
+        self, student_TV: Tensor, teacher: Tensor | TopK | None, mask_T: Tensor, labels_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if teacher is None:
+            raise ValueError("the response term needs a teacher's rows")
+        if isinstance(teacher, TopK):
+            return self.loss.top_k_value_and_gradient(student_TV, teacher, mask_T, labels_T)
+        return self.loss.value_and_gradient(student_TV, teacher, mask_T, labels_T)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def head_loss(
     head: Head,
     labels_T: Tensor,
     *,
-    teacher: Callable[[slice], Tensor] | None,
+    teacher: Callable[[slice], Tensor | TopK] | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
@@ -97,7 +108,7 @@ def head_loss(
         hidden_TD: the student's hidden states of valid tokens.
         head: the student's output head.
         labels_T: the true next tokens, int64.
-        teacher: gives the teacher's logits for a slice of the T tokens.
+        teacher: gives the teacher's logits, or its top k, for a slice of the T tokens.
         dtype: of the matrix products; sums and losses are at least float32.
     """
     work = _Work(objective, labels_T, teacher, dtype)
@@ -109,7 +120,7 @@ def head_loss(
 class _Work:
     objective: Objective
     labels: Tensor
-    teacher: Callable[[slice], Tensor] | None
+    teacher: Callable[[slice], Tensor | TopK] | None
     dtype: torch.dtype
 
 
@@ -154,9 +165,9 @@ def _accumulate(
     row_bytes = len(head.weight) * work.dtype.itemsize
     for group in _pieces(len(hidden_TD), GROUP_BYTES // row_bytes):
         group_TD = hidden_TD[group].detach().to(work.dtype)
-        teacher_TV = None if work.teacher is None else work.teacher(group)
+        teacher = None if work.teacher is None else work.teacher(group)
         student_TV = cast.logits(group_TD)
-        total += _replace_by_gradient(student_TV, teacher_TV, work.labels[group], work.objective)
+        total += _replace_by_gradient(student_TV, teacher, work.labels[group], work.objective)
         hidden_gradient_TD[group] = (student_TV @ cast.weight).to(hidden_TD.dtype)
         weight_gradient_VD += student_TV.mT @ group_TD
         if bias_gradient_V is not None:
@@ -165,14 +176,14 @@ def _accumulate(
 
 
 def _replace_by_gradient(
-    student_TV: Tensor, teacher_TV: Tensor | None, labels_T: Tensor, objective: Objective
+    student_TV: Tensor, teacher: Tensor | TopK | None, labels_T: Tensor, objective: Objective
 ) -> Tensor:
     """Write the gradient over ``student_TV``; return the sums of task and response."""
     wide = _wide(student_TV.dtype)
     total = torch.zeros(2, dtype=wide, device=student_TV.device)
     limit = ROWS_BYTES.get(student_TV.device.type, ROWS_BYTES_ELSEWHERE)
     for rows in _pieces(len(student_TV), limit // (4 * student_TV.shape[1])):
-        teacher_rows = None if teacher_TV is None else teacher_TV[rows].to(wide)
+        teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
             student_TV[rows].to(wide), teacher_rows, labels_T[rows]
         )

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
-from trt_kd.errors import ModelError, TrtKdError
+from trt_kd.errors import TrtKdError
+from trt_kd.losses.top_k import TopK
+from trt_kd.teachers.cache import Cache
 from trt_kd.training.head import Head, Objective, head_loss
 
 
@@ -59,10 +61,10 @@ class _ObjectiveTrainer:
     def _get_lm_head(self, model: Any) -> nn.Module:
         return model.get_output_embeddings()  # type: ignore[no-any-return]
 
-    def _teacher_logits(
+    def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor] | None:
-        """Give the teacher's logits of a slice of the valid tokens, or None without a teacher."""
+    ) -> Callable[[slice], Tensor | TopK] | None:
+        """Give the teacher's rows of a slice of the valid tokens, or None without a teacher."""
         return None
 
     def compute_loss(
@@ -84,7 +86,7 @@ class _ObjectiveTrainer:
         mask_BK = labels_BK != IGNORE_INDEX
         with trainer._liger_identity_lm_head():
             hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
-        teacher = self._teacher_logits(tokens_BL, mask_BK)
+        teacher = self._teacher_rows(tokens_BL, mask_BK)
         student = trainer.accelerator.unwrap_model(trainer.model)
 
         def summed() -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +142,7 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
 
     _teacher_head: Head | None = None
 
-    def _teacher_logits(
-        self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor] | None:
+    def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
         with self._teacher_liger_identity_lm_head():
@@ -154,6 +154,19 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
         return lambda rows: head.logits(hidden_TD[rows])
 
 
+class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
+    """Trains on the objective with a teacher's rows from disk; no teacher is run."""
+
+    cache: Cache
+
+    def _teacher_rows(
+        self, tokens_BL: Tensor, mask_BL: Tensor
+    ) -> Callable[[slice], Tensor | TopK] | None:
+        """Read the rows of the whole blocks of this micro-batch."""
+        top = self.cache.rows(tokens_BL.cpu().numpy())[mask_BL.flatten().cpu()]
+        return top.to(tokens_BL.device).__getitem__
+
+
 class TaskTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
     """Trains on hard labels alone; there is no teacher and none is run."""
 
@@ -162,25 +175,3 @@ def linear_head(model: Any) -> Head:
     """The model's output head."""
     head = model.get_output_embeddings()
     return Head(head.weight, getattr(head, "bias", None))
-
-
-def check_linear_head(model: Any, role: str) -> None:
-    """Check that logits are a linear map of hidden states and nothing after it.
-
-    Raises:
-        ModelError: if the head is none, or its output is scaled or capped.
-    """
-    head = model.get_output_embeddings()
-    seen: list[Tensor] = []
-    if isinstance(head, nn.Linear):
-        hook = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-        try:
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
-                logits = model(input_ids=torch.tensor([[0, 1]]), use_cache=False).logits
-        finally:
-            hook.remove()
-    if len(seen) != 1 or not torch.equal(seen[0].to(logits.dtype), logits):
-        raise ModelError(
-            f"the {role}'s logits ({model.config.model_type}) are not those of a linear head",
-            hint="models that scale or cap their logits are not supported",
-        )

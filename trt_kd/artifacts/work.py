@@ -1,0 +1,49 @@
+"""State beside an artifact in the making that outlives a kill, in pieces that are whole or absent.
+
+A stage's work directory belongs to one piece of work, by its key. Inside it a folder counts once
+its ``result.json`` stands: that is written last, before the folder is renamed into place.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trt_kd.artifacts.artifact import sync_tree
+
+RESULT = "result.json"
+_KEY = "work_key"
+
+logger = logging.getLogger(__name__)
+
+
+def claim_work(work: Path, key: str) -> Path:
+    """Give the folder ``work`` to the work with identity ``key``; return it.
+
+    What another work left there is removed: its state must not be taken up.
+    """
+    owner = work / _KEY
+    if work.is_dir() and not (owner.is_file() and owner.read_text(encoding="utf-8") == key):
+        logger.warning("%s holds state of other settings; it is removed", work)
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    owner.write_text(key, encoding="utf-8")
+    return work
+
+
+def piece(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``make``, which fills a folder, from disk if it was made before."""
+    result = folder / RESULT
+    if not result.is_file():
+        draft = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        value = make(draft)
+        (draft / RESULT).write_text(json.dumps(value), encoding="utf-8")
+        sync_tree(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
