@@ -57,7 +57,9 @@ def test_unknown_architectures_and_odd_heads_are_refused(teacher):
     shape = read_shape(teacher.path)
     assert OrtGenai().check(shape, "checkpoint") == []
     assert OrtGenai().check(replace(shape, model_type="mamba"), "checkpoint")
-    assert OrtGenai().check(replace(shape, head_dim=12), "checkpoint")
+    for head_dim in (12, 24, 40, 72):
+        (problem,) = OrtGenai().check(replace(shape, head_dim=head_dim), "checkpoint")
+        assert f"16 divides, not {head_dim}" in problem
 
 
 def test_a_missing_package_names_its_extra(teacher, tmp_path, monkeypatch):

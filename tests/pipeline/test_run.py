@@ -61,7 +61,12 @@ def test_a_recipe_becomes_a_report_and_a_second_run_does_nothing(
 def test_a_rehearsal_passes_through_every_stage_and_leaves_nothing(
     settings, recipe_file, tmp_path, ran
 ):
-    recipe = load_recipe(recipe_file(settings))
+    search = {
+        "axes": [{"kind": "ffn", "multiple_of": 8}, "depth"],
+        "budget": {"params": "70%"},
+        "search": {"tournament": {"contestants": 2, "steps": 3}},
+    }
+    recipe = load_recipe(recipe_file(settings | {"prune": settings["prune"] | search}))
     rehearse(recipe, tmp_path / "rehearsal")
     assert set(ran) == set(STAGES) - {"benchmark"}
     assert not (tmp_path / "rehearsal").exists()

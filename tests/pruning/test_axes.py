@@ -9,7 +9,8 @@ import torch
 from trt_kd.architectures.shape import read_shape, shape_from_config
 from trt_kd.checkpoints import load_model, save_model
 from trt_kd.pruning import AXES, IMPORTANCE
-from trt_kd.stages.prune import PruneConfig, prune_model
+from trt_kd.stages.cutting import prune_model
+from trt_kd.stages.prune import PruneConfig
 
 CUTS = {
     "ffn": {"kind": "ffn", "size": 128},

@@ -7,12 +7,14 @@ from itertools import product
 
 import pytest
 
+from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.cli.candidates import print_candidates
 from trt_kd.errors import ModelError
+from trt_kd.pruning import AXES
 from trt_kd.pruning import candidates as module
 from trt_kd.pruning.budget import MB, Budget, memory_bytes
-from trt_kd.pruning.candidates import enumerate_candidates, resized
+from trt_kd.pruning.candidates import enumerate_candidates, possible, resized, size_choices
 from trt_kd.pruning.catalogue import Target, refused
 from trt_kd.pruning.depth import DepthAxis
 
@@ -287,3 +289,45 @@ def test_the_dry_run_prints_json_with_every_reason(capsys):
     assert any(row["violations"] for row in printed["candidates"])
     print_candidates(found, MIXTURE, budget, target)
     assert " active " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [
+        (DENSE, ("ffn", "depth")),
+        (DENSE, ("heads", "kv_heads", "ffn")),
+        (DENSE, ("hidden", "heads")),
+        (WINDOWED, ("ffn", "depth")),
+        (MIXTURE, ("experts", "depth")),
+    ],
+)
+def test_what_is_possible_fits_and_can_be_made_and_taken(shape, kinds):
+    axes = [AXES.load(kind)() for kind in kinds]
+    found = possible(axes, shape, Budget(params=0.7), Target())
+    choices = size_choices(axes, shape)
+    every = enumerate_candidates(shape, choices, Budget(params=0.7), Target(), slack=1)
+    assert found == [one for one in every if one in found]
+    for one in found:
+        made = shape
+        for axis in axes:
+            made = axis.write(made, axis.read(one.shape))
+        assert made == one.shape
+        assert architecture_of(shape.model_type).takes(one.shape)
+        assert one.parameters <= 0.7 * shape.parameters
+
+
+def test_what_is_possible_keeps_the_sizes_that_are_given():
+    axes = [AXES.load("ffn")(), AXES.load("depth")(layers=DENSE.layers - 1)]
+    found = possible(axes, DENSE, Budget(params=0.8), Target())
+    assert {one.shape.layers for one in found} == {DENSE.layers - 1}
+
+
+def test_what_the_family_lacks_or_takes_in_no_size_is_refused_in_two_lines():
+    with pytest.raises(ModelError, match=r"axis 'experts': .*\n  hint: "):
+        possible([AXES.load("experts")()], DENSE, Budget(params=0.8), Target())
+    odd = replace(DENSE, model_type="gpt_neox", derived_head_dim=True)
+    with pytest.raises(ModelError, match=r"axis 'hidden': .*\n  hint: "):
+        possible([AXES.load("hidden")()], odd, Budget(params=0.8), Target())
+    derived = replace(DENSE, model_type="phi3", derived_head_dim=True)
+    with pytest.raises(ModelError, match=r"that fit can be made\n  hint: .*phi3"):
+        possible([AXES.load("hidden")()], derived, Budget(params=0.8), Target())

@@ -20,13 +20,13 @@ def forward_loop(blocks, model):
         model(input_ids=torch.from_numpy(block[None]), use_cache=False)
 
 
-def prune(model, blocks, constraints, **settings):
+def prune(model, blocks, constraints, config=None, **settings):
     return mtp.prune(
         model,
         mode=[("hf_minitron", settings)],
         constraints=constraints,
         dummy_input=None,
-        config={"forward_loop": partial(forward_loop, blocks)},
+        config={"forward_loop": partial(forward_loop, blocks), **(config or {})},
     )
 
 
@@ -54,6 +54,48 @@ def test_params_is_a_share_or_a_number(make_decoder, blocks, limit):
     params = limit if isinstance(limit, str) else int(limit * before)
     model, _ = prune(model, blocks, {"params": params}, axes=[{"kind": "ffn"}])
     assert 0.7 * before < model.num_parameters() <= 0.8 * before
+
+
+def test_limits_on_open_axes_search_for_the_best_sizes(make_decoder, blocks):
+    model = make_decoder()
+    before = model.num_parameters()
+    limits = {"max_width_pruning": 0.7, "max_depth_pruning": 0.6, "top_k": 3}
+    axes = [{"kind": "ffn", "multiple_of": 16}, {"kind": "depth"}]
+    model, result = prune(model, blocks, {"params": "80%"}, limits, axes=axes)
+    found = result["best"]["search"]
+    best = min(found["measured"], key=lambda row: row["divergence_nats"])
+    assert found["winner"] == best["name"]
+    assert model.num_parameters() == best["parameters"] <= 0.8 * before
+
+
+def test_the_users_own_score_decides(make_decoder, blocks):
+    """Prefers the most layers, whatever that does to the text."""
+    limits = {"max_width_pruning": 0.9, "max_depth_pruning": 0.9, "top_k": 5}
+    model, result = prune(
+        make_decoder(),
+        blocks,
+        {"params": 0.8},
+        limits | {"score_func": lambda pruned: pruned.config.num_hidden_layers},
+        axes=[{"kind": "ffn", "multiple_of": 16}, {"kind": "depth"}],
+    )
+    rows = result["best"]["search"]["measured"]
+    assert len({row["score"] for row in rows}) > 1
+    assert model.config.num_hidden_layers == max(row["score"] for row in rows)
+
+
+def test_without_axes_all_of_the_family_are_searched_but_those_skipped(make_decoder, blocks):
+    limits = {"max_width_pruning": 0.9, "max_depth_pruning": 0.9, "top_k": 1}
+    skipped = {"hparams_to_skip": ["hidden_size", "num_attention_heads", "num_query_groups"]}
+    before = make_decoder().config
+    model, _ = prune(make_decoder(), blocks, {"params": "75%"}, limits | skipped)
+    assert model.config.hidden_size == before.hidden_size
+    assert model.config.num_attention_heads == before.num_attention_heads
+    assert model.num_parameters() < make_decoder().num_parameters()
+
+
+def test_a_search_needs_text_to_measure_with(make_decoder, blocks):
+    with pytest.raises(ModelError, match="needs 4 sequences"):
+        prune(make_decoder(), blocks[:2], {"params": "80%"}, axes=["ffn", "depth"])
 
 
 @pytest.mark.parametrize(

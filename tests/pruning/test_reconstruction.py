@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from trt_kd.architectures import architecture_of
 from trt_kd.errors import ModelError
-from trt_kd.pruning.reconstruction import Reconstruct, gram_bytes
+from trt_kd.pruning.hooks import hooks
+from trt_kd.pruning.reconstruction import (
+    Reconstruct,
+    first_layers,
+    gram_bytes,
+    in_order,
+    refit_group,
+)
 from trt_kd.pruning.ridge import PLAIN, Gram, Moments, refit, solve
-from trt_kd.stages.prune import PruneConfig, prune_model
+from trt_kd.stages.cutting import prune_model
+from trt_kd.stages.prune import PruneConfig
 
 
 def correlated(rng, tokens, channels, rank):
@@ -32,9 +41,10 @@ def test_the_solution_is_that_of_the_augmented_least_squares_problem():
     rows = np.vstack([x_TC[:, keep], np.sqrt(damping) * np.eye(5)])
     target = np.vstack([x_TC @ weight_HC.T, np.sqrt(damping) * weight_HC[:, keep].T])
     expected = np.linalg.lstsq(rows, target, rcond=None)[0].T
-    moments = Moments(torch.from_numpy(gram))
-    found = solve(torch.from_numpy(weight_HC), moments, torch.from_numpy(keep), 0.01)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8)
+    found = solve(
+        torch.from_numpy(weight_HC), [Moments(torch.from_numpy(gram))], torch.from_numpy(keep), 0.01
+    )
+    np.testing.assert_allclose(found.weight.numpy(), expected, rtol=1e-8)
 
 
 def test_the_residual_is_the_share_of_the_outputs_energy_that_is_lost():
@@ -120,21 +130,88 @@ def test_a_reconstructed_model_is_nearer_to_the_unpruned_one(make_decoder, logit
     plain, nothing, _ = errors(make_decoder, blocks, logits, None)
     refitted, measured, _ = errors(make_decoder, blocks, logits, {"ridges": [0.01]})
     assert refitted < 0.1 * plain
-    assert "reconstruction_residual" not in nothing
-    pairs = zip(measured["reconstruction_residual"], measured["plain_residual"], strict=True)
-    assert all(after < before for after, before in pairs)
+    assert "refits" not in nothing
+    assert all(each["residual"] < each["plain_residual"] for each in measured["refits"])
 
 
 def test_groups_bounded_by_memory_give_the_same_model(make_decoder, blocks, logits):
     one_layer_gib = gram_bytes(256) / 2**30
     _, measured, model = errors(make_decoder, blocks, logits, {"memory_gib": 1.5 * one_layer_gib})
     _, together, whole = errors(make_decoder, blocks, logits, {})
-    assert measured["reconstruction_residual"] == together["reconstruction_residual"]
+    assert measured["refits"] == together["refits"]
     assert torch.equal(logits(model, blocks), logits(whole, blocks))
+
+
+def test_one_projection_at_a_time_gives_the_same_model_along_several_axes(make_decoder, logits):
+    """What is refit already must not show in the matrices of what is still to be refit."""
+    blocks = np.random.default_rng(0).integers(0, 512, (16, 32))
+    axes = [{"kind": "ffn", "size": 128}, {"kind": "heads", "size": 1}]
+    axes.append({"kind": "depth", "layers": 3})
+    found = []
+    for memory_gib in (1e-9, 1.0):
+        model, settings = make_decoder(num_hidden_layers=4), {"memory_gib": memory_gib}
+        config = PruneConfig.model_validate({"axes": axes, "reconstruct": settings})
+        prune_model(config, model, blocks)
+        found.append(logits(model, blocks))
+    assert torch.equal(*found)
 
 
 def test_groups_hold_no_more_than_the_budget():
     settings = Reconstruct(memory_gib=3.5 * gram_bytes(256) / 2**30)
-    assert settings.groups([256] * 4) == [[0, 1, 2], [3]]
-    assert settings.groups([256, 512, 128]) == [[0], [1], [2]]
-    assert Reconstruct(memory_gib=1e-9).groups([256] * 4) == [[0], [1], [2], [3]]
+    assert settings.groups([256] * 4) == [[1, 2, 3], [0]]
+    assert settings.groups([256, 512, 128]) == [[2], [1], [0]]
+    assert Reconstruct(memory_gib=1e-9).groups([256] * 4) == [[3], [2], [1], [0]]
+
+
+def projections(model):
+    """Output and down projections of a decoder, shuffled."""
+    architecture = architecture_of(model.config.model_type)
+    layers = architecture.layers(model)
+    mlps = [mlp.down for mlp in map(architecture.mlp, layers) if mlp is not None]
+    return layers, [*mlps[::-1], *(architecture.attention(layer).o for layer in layers)]
+
+
+def test_projections_are_listed_as_they_run_in_every_family(families):
+    for model_type in families.FAMILIES:
+        model = families.tiny(model_type)
+        layers, found = projections(model)
+        ran = []
+        with hooks() as hook:
+            for module in found:
+                hook(module, "input", lambda _, module=module, ran=ran: ran.append(module))
+            families.logits(model)
+        ordered = in_order(layers, found)
+        assert list(ordered) == ran, model_type
+        assert list(ordered.values()) == sorted(ordered.values())
+
+
+def test_the_first_layers_alone_see_what_they_see_in_the_whole_model(make_decoder, blocks, logits):
+    model = make_decoder(num_hidden_layers=4)
+    layers, found = projections(model)
+    consumer, before = list(in_order(layers, found))[3], logits(model, blocks)
+    seen, ran = [], []
+    with hooks() as hook:
+        hook(consumer, "input", seen.append)
+        hook(layers[2], "input", ran.append)
+        logits(model, blocks)
+        with first_layers(layers, 2):
+            logits(model, blocks)
+    assert torch.equal(*seen)
+    assert len(ran) == 1
+    assert torch.equal(logits(model, blocks), before)
+
+
+def test_a_group_is_written_at_once_and_leaves_nothing_behind(make_decoder):
+    model = make_decoder()
+    consumer, other = projections(model)[1][:2]
+    before, x_TC = consumer.weight.clone(), np.random.default_rng(0).normal(size=(400, 256))
+    x_TC[:, 100:] = x_TC[:, :156]
+    keep, told = {consumer: torch.arange(100), other: torch.arange(9)}, []
+    grams = {consumer: gram_of(x_TC), model.lm_head: gram_of(x_TC)}
+    refits = refit_group(grams, keep, Reconstruct(), lambda: told.append(1))
+    assert list(refits) == [consumer]
+    assert (grams, told, refits[consumer].weight.numel()) == ({}, [1], 0)
+    expected = refit(before, gram_of(x_TC), keep[consumer], Reconstruct().ridges)
+    assert torch.equal(consumer.weight[:, :100], expected.weight)
+    assert torch.equal(consumer.weight[:, 100:], before[:, 100:])
+    assert refits[consumer].residual == expected.residual < 0.5 * expected.plain_residual

@@ -9,8 +9,9 @@ import torch
 from trt_kd.architectures import ARCHITECTURES, architecture_of
 from trt_kd.config import validate
 from trt_kd.errors import ConfigError
-from trt_kd.pruning.sequential import Streams, capture, fold_points
-from trt_kd.stages.prune import PruneConfig, prune_model
+from trt_kd.pruning.sequential import Streams, capture, fold_points, spans
+from trt_kd.stages.cutting import prune_model
+from trt_kd.stages.prune import PruneConfig
 
 FFN = {"kind": "ffn", "size": 128}
 
@@ -41,9 +42,9 @@ def test_the_streams_take_the_models_own_path(model_type, families, blocks):
 def test_points_of_a_fold_are_the_layers_before_the_gaps(make_decoder):
     model = make_decoder(num_hidden_layers=6)
     architecture, layers = architecture_of("llama"), model.model.layers
-    assert fold_points(layers, architecture, [0, 1, 4, 5]) == [layers[1].mlp.down_proj]
-    assert fold_points(layers, architecture, [0, 1, 2, 3]) == [layers[3].mlp.down_proj]
-    assert fold_points(layers, architecture, range(6)) == []
+    assert fold_points(layers, architecture, spans([0, 1, 4, 5], 6)) == [layers[1].mlp.down_proj]
+    assert fold_points(layers, architecture, spans([0, 1, 2, 3], 6)) == [layers[3].mlp.down_proj]
+    assert fold_points(layers, architecture, spans(range(6), 6)) == []
 
 
 def one_gate(layers):
@@ -80,7 +81,7 @@ def test_a_sequential_refit_beats_the_plain_cut(make_decoder, logits):
     plain, _ = error(make_decoder, logits, [FFN], None)
     refitted, measured = error(make_decoder, logits, [FFN], {"schedule": "sequential"})
     assert refitted < 0.5 * plain
-    assert len(measured["reconstruction_residual"]) == 4
+    assert [each["layer"] for each in measured["refits"]] == list(range(4))
 
 
 def test_a_dropped_layer_is_made_up_for_by_the_one_before(make_decoder, logits):
@@ -88,7 +89,9 @@ def test_a_dropped_layer_is_made_up_for_by_the_one_before(make_decoder, logits):
     plain, _ = error(make_decoder, logits, axes, None, echo)
     folded, measured = error(make_decoder, logits, axes, {"schedule": "sequential"}, echo)
     assert folded < 0.2 * plain
-    assert len(measured["fold_residual"]) == 1
+    (refit,) = measured["refits"]
+    assert (refit["layer"], refit["projection"]) == (1, "down_proj")
+    assert refit["residual"] < refit["plain_residual"]
 
 
 def test_heads_channels_and_layers_go_together(make_decoder, logits):
@@ -96,7 +99,8 @@ def test_heads_channels_and_layers_go_together(make_decoder, logits):
     plain, _ = error(make_decoder, logits, axes, None)
     refitted, measured = error(make_decoder, logits, axes, {"schedule": "sequential"})
     assert refitted < plain
-    assert len(measured["reconstruction_residual"]) == 2 * 3
+    named = [(each["layer"], each["projection"]) for each in measured["refits"]]
+    assert named == [(layer, name) for layer in (0, 2, 3) for name in ("o_proj", "down_proj")]
 
 
 def test_an_axis_that_it_does_not_go_with_is_refused():

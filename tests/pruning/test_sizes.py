@@ -73,7 +73,7 @@ def test_a_share_counts_what_the_other_axes_cut():
         ([DepthAxis(drop=(30,))], None, ConfigError, "cannot drop layers", "0 to 29"),
         ([FfnAxis()], 0.1, ModelError, "cannot bring the model to", "smallest size"),
         ([FfnAxis()], None, ConfigError, "'ffn' has no size", "a budget"),
-        ([FfnAxis(), DepthAxis()], 0.8, ConfigError, "found ffn, depth", "every axis but one"),
+        ([FfnAxis(), DepthAxis()], 0.8, ConfigError, "size: ffn, depth", "every axis but one"),
         ([FfnAxis(size=64)], 0.8, ConfigError, "found none", "leave out"),
         ([FfnAxis(size=64), FfnAxis(size=128)], None, ConfigError, "stands twice", "once"),
     ],

@@ -18,7 +18,7 @@ from trt_kd.pruning.tokenizer import (
     rewrite_tokenizer,
     verify_tokenizer,
 )
-from trt_kd.pruning.vocabulary import kept_tokens, used_tokens
+from trt_kd.pruning.vocabulary import kept_tokens, retention_order, used_tokens
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
@@ -131,9 +131,14 @@ def few(documents):
     return documents[0].split(". ")[1:3]
 
 
-def chosen(source, texts, **settings):
-    counts = used_tokens(texts, load_tokenizer(source))
-    return kept_tokens(counts, cut_rules(source), **{"multiple_of": 1} | settings).tolist()
+def chosen(source, texts, size=None):
+    """So many tokens, or as few as hold every token of ``texts`` and what must stay."""
+    rules = cut_rules(source)
+    counts = used_tokens(texts or ["."], load_tokenizer(source)) * bool(texts)
+    needed = set(np.flatnonzero(counts).tolist()) | rules.always
+    order = retention_order(counts, rules).tolist()
+    least = 1 + max(order.index(token) for token in needed)
+    return kept_tokens(counts, rules, size or least).tolist()
 
 
 @pytest.fixture
@@ -192,7 +197,7 @@ def test_verification_accepts_every_cut(source, cut, documents):
 
 
 def test_the_smallest_vocabulary_still_writes_everything(source, few, documents, tmp_path):
-    kept = chosen(source, few, min_count=10**6)
+    kept = chosen(source, [])
     assert set(cut_rules(source).always) <= set(kept)
     assert len(kept) < 300
     rewrite_tokenizer(source, tmp_path, kept)
@@ -473,7 +478,8 @@ def test_the_quickstart_tokenizer_can_be_cut_to_a_corpus(tmp_path, documents):
     source, out = tmp_path / "source", tmp_path / "out"
     tokenizer.save_pretrained(source)
     out.mkdir()
-    kept = chosen(source, documents, multiple_of=64)
+    least = len(chosen(source, documents))
+    kept = chosen(source, documents, size=-(-least // 64) * 64)
     assert len(kept) % 64 == 0
     assert len(kept) < 0.1 * len(tokenizer)
     rewrite_tokenizer(source, out, kept)

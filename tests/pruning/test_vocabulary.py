@@ -1,6 +1,7 @@
 """Laws of the vocabulary axis: which tokens stay, and what the cut model says about them."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,12 @@ from trt_kd.architectures.shape import shape_from_config
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model
 from trt_kd.config import validate
 from trt_kd.errors import ConfigError, DataError, ModelError
+from trt_kd.pruning.slicing import cut
 from trt_kd.pruning.tokenizer import CutRules, cut_rules, rewrite_tokenizer, verify_tokenizer
 from trt_kd.pruning.vocabulary import (
     VocabAxis,
-    cut_vocabulary,
     kept_tokens,
     retention_order,
-    retention_scores,
     used_tokens,
 )
 
@@ -46,6 +46,12 @@ def counts(documents, tokenizer):
 @pytest.fixture(scope="module")
 def least(rules):
     return len(rules.always)
+
+
+def used_size(counts, rules, min_count=1):
+    """The smallest vocabulary with every token that occurs so often."""
+    wanted = np.flatnonzero(counts[retention_order(counts, rules)] >= min_count)
+    return max(len(rules.always), *(wanted + 1))
 
 
 def is_closed(tokens, rules):
@@ -103,30 +109,22 @@ def test_every_size_is_met_exactly_and_larger_ones_hold_smaller_ones(counts, rul
 
 
 @pytest.mark.parametrize("min_count", [1, 2, 3])
-def test_an_open_size_keeps_what_is_used_on_the_grid(counts, rules, min_count):
-    kept = kept_tokens(counts, rules, min_count=min_count, multiple_of=16)
-    bare = kept_tokens(counts, rules, min_count=min_count, multiple_of=1)
-    assert set(np.flatnonzero(counts >= min_count)) <= set(bare) <= set(kept)
-    assert len(kept) == -(-len(bare) // 16) * 16
-    assert is_closed(set(bare.tolist()), rules)
-    needless = [token for token in bare if counts[token] < min_count]
-    parts = {part for token in bare.tolist() for part in rules.parts.get(token, ())}
+def test_what_is_used_stays_with_its_parts_and_nothing_needless(counts, rules, min_count):
+    kept = kept_tokens(counts, rules, used_size(counts, rules, min_count))
+    assert set(np.flatnonzero(counts >= min_count)) <= set(kept)
+    assert is_closed(set(kept.tolist()), rules)
+    needless = [token for token in kept if counts[token] < min_count]
+    parts = {part for token in kept.tolist() for part in rules.parts.get(token, ())}
     assert set(needless) <= rules.always | parts
 
 
-def test_where_tokens_run_out_the_grid_ends_and_rows_without_a_token_come_last(rules):
+def test_rows_without_a_token_come_last(rules):
     used = np.ones(515, dtype=np.int64)
     used[512:] = 0
-    assert len(kept_tokens(used, rules, multiple_of=100)) == 515
+    assert len(kept_tokens(used, rules, 515)) == 515
     assert retention_order(used, rules)[-3:].tolist() == [512, 513, 514]
-    assert kept_tokens(used, rules, multiple_of=2).tolist() == list(range(512))
-
-
-def test_the_highest_scores_are_what_is_kept(counts, rules, least):
-    scores = torch.from_numpy(retention_scores(counts, rules))
-    for size in (least, 300, 384, 512):
-        best = scores.topk(size).indices.sort().values.tolist()
-        assert best == kept_tokens(counts, rules, size=size).tolist()
+    size = used_size(used, rules)
+    assert kept_tokens(used, rules, size).tolist() == list(range(512))
 
 
 def test_long_chains_of_parts_come_in_order():
@@ -196,11 +194,12 @@ def test_a_bias_and_the_padding_row_follow():
     embedding, head = torch.nn.Embedding(8, 4, padding_idx=5), torch.nn.Linear(4, 8)
     bias = head.bias.detach().clone()
     keep = torch.tensor([1, 3, 5, 6])
-    cut_vocabulary(embedding, head, keep)
+    architecture = SimpleNamespace(embedding=lambda model: embedding, head=lambda model: head)
+    cut(VocabAxis().places(None, architecture)[0].slices, keep)
     assert torch.equal(head.bias, bias[keep])
     assert embedding.padding_idx == 2
     assert not embedding.weight[2].any()
-    cut_vocabulary(embedding, head, torch.tensor([0, 1, 3]))
+    cut(VocabAxis().places(None, architecture)[0].slices, torch.tensor([0, 1, 3]))
     assert embedding.padding_idx is None
     assert (embedding.num_embeddings, head.out_features) == (3, 3)
 
@@ -223,8 +222,8 @@ def test_a_cut_checkpoint_is_stock(decoder, tokenizer_dir, documents, rules, tmp
     source, out, texts = tmp_path / "source", tmp_path / "out", documents[:5]
     save_model(decoder, source, tokenizer_from=tokenizer_dir)
     tokenizer = load_tokenizer(source)
-    axis = VocabAxis(multiple_of=16)
-    kept = axis.kept(used_tokens(texts, tokenizer, rows=512), rules)
+    counts = used_tokens(texts, tokenizer, rows=512)
+    kept = kept_tokens(counts, rules, used_size(counts, rules))
     tokens = torch.tensor([tokenizer(texts[0]).input_ids])
     before = logits(decoder, tokens.numpy())[..., kept]
 
@@ -267,9 +266,10 @@ def test_the_axis_plans_without_weights(make_decoder):
 
 def test_the_axis_keeps_the_best_scores(counts, rules, make_decoder):
     shape = shape_from_config(make_decoder().config.to_dict())
-    scores = torch.from_numpy(retention_scores(counts, rules))
+    scores = torch.zeros(512, dtype=torch.float64)
+    scores[retention_order(counts, rules)] = torch.arange(512.0, 0.0, -1.0, dtype=torch.float64)
     (kept,) = VocabAxis(size=320).keep([scores], shape)
-    assert kept.tolist() == VocabAxis(size=320).kept(counts, rules).tolist()
+    assert kept.tolist() == kept_tokens(counts, rules, 320).tolist()
 
 
 def test_settings_out_of_range_are_named():

@@ -29,12 +29,19 @@ BEFORE = {
 AFTER = {**BEFORE, "intermediate_size": 128, "num_attention_heads": 2}
 SHALLOW = {**AFTER, "num_hidden_layers": 3}
 AXES = [{"kind": "heads"}, {"kind": "ffn"}]
+
+
+def refit(layer: int, projection: str, ridge: float | None = 0.01) -> dict[str, Any]:
+    lost = (layer + LAYERS * (projection == "down_proj")) / 20
+    return {"layer": layer, "projection": projection, "plain_residual": lost,
+            "residual": lost / 2, "ridge": ridge}  # fmt: skip
+
+
 METRICS: dict[str, Any] = {
     "parameters_before": shape_from_config(BEFORE).parameters,
     "block_influence": [0.9, 0.03, 0.02, 0.4],
-    "plain_residual": [n / 20 for n in range(2 * LAYERS)],
-    "reconstruction_residual": [n / 40 for n in range(2 * LAYERS)],
-    "reconstruction_ridge": [0.01] * LAYERS + [None] * LAYERS,
+    "refits": [refit(n, "o_proj", 0.01) for n in range(LAYERS)]
+    + [refit(n, "down_proj", None) for n in range(LAYERS)],
     "calibration_tokens": 16_384,
     "importance_pass_s": 40.0,
 }
@@ -80,7 +87,7 @@ def test_parts_and_sizes_are_those_of_both_shapes(cut):
     assert "experts" not in sizes
 
 
-def test_refits_are_told_apart_in_the_order_of_the_axes(cut):
+def test_refits_are_told_apart_by_their_names(cut):
     found = cut()
     assert found.missing == ["Nothing was timed: memory is predicted for 2,048 tokens."]
     for number, layer in enumerate(found.layers):
@@ -92,11 +99,15 @@ def test_refits_are_told_apart_in_the_order_of_the_axes(cut):
         assert (output.ridge, down.ridge) == (0.01, "plain cut")
 
 
-def test_heads_and_their_groups_share_one_output_projection(cut):
-    after = {**BEFORE, "num_attention_heads": 1, "num_key_value_heads": 1}
-    metrics = {name: METRICS[name][:LAYERS] for name in METRICS if "re" in name and "al" in name}
-    found = cut(metrics, after, axes=[{"kind": "kv_heads"}, {"kind": "heads"}])
-    assert [[r.projection for r in layer.refits] for layer in found.layers] == [["output"]] * LAYERS
+def test_refits_of_some_layers_stand_at_theirs(cut):
+    """As after a drop: kept layers were refit, one of them to make up for what is gone."""
+    refits = [refit(0, "o_proj"), refit(3, "o_proj"), refit(1, "down_proj", None)]
+    found = cut(METRICS | {"refits": refits, "kept_layers": [0, 1, 3]}, SHALLOW)
+    kinds = [[each.projection for each in layer.refits] for layer in found.layers]
+    assert kinds == [["output"], ["down"], [], ["output"]]
+    rows = pruning_tables.layers(found).rows
+    assert [row.cells[-1].value for row in rows].count("plain cut") == 1
+    assert layer_figure(found) is not None
 
 
 def test_dropped_layers_are_marked_by_their_numbers_before_the_cut(cut):
@@ -112,8 +123,7 @@ def test_an_older_artifact_without_a_metric_still_makes_a_section(cut, make_repo
     metrics = METRICS | {"kept_layers": [0, 1, 3]}
     found = cut({key: value for key, value in metrics.items() if key != name}, SHALLOW)
     told = " ".join(found.missing)
-    if name in ("block_influence", "kept_layers", "plain_residual", "reconstruction_residual",
-                "reconstruction_ridge"):  # fmt: skip
+    if name in ("block_influence", "kept_layers", "refits"):
         assert "not recorded" in told
     report = make_report(pruning=found)
     for text in (page(report), report_markdown(report)):
@@ -124,7 +134,7 @@ def test_without_any_metric_the_shapes_alone_are_told(cut, make_report):
     found = cut({}, AFTER)
     assert found.layers == []
     assert layer_figure(found) is None
-    assert len(found.missing) == 4
+    assert len(found.missing) == 3
     report = make_report(pruning=found)
     assert "Parameters by part" in page(report)
     assert "### Layers" not in report_markdown(report)
@@ -135,15 +145,31 @@ def test_without_any_metric_the_shapes_alone_are_told(cut, make_report):
     [
         ("block_influence", [0.1] * 3),
         ("block_influence", "high"),
-        ("plain_residual", [0.1] * LAYERS),
-        ("reconstruction_residual", [None] * 2 * LAYERS),
-        ("reconstruction_ridge", ["strong"] * 2 * LAYERS),
-        ("reconstruction_ridge", 0.1),
     ],
 )
 def test_a_metric_that_does_not_fit_the_shape_is_left_out_and_named(cut, name, value):
     found = cut(METRICS | {name: value})
     assert any(f"{name} is not a list of" in sentence for sentence in found.missing)
+    assert len(found.layers) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "none",
+        [0.1] * LAYERS,
+        [refit(LAYERS, "o_proj")],
+        [refit(-1, "o_proj")],
+        [refit(0, "q_proj")],
+        [refit(0, "o_proj") | {"residual": None}],
+        [refit(0, "o_proj") | {"ridge": "strong"}],
+        [{"layer": 0, "projection": "o_proj"}],
+    ],
+)
+def test_a_damaged_record_of_refits_is_left_out_and_named(cut, value):
+    found = cut(METRICS | {"refits": value})
+    assert "an entry of refits is not one of this model" in found.missing[-1]
+    assert not any(layer.refits for layer in found.layers)
     assert len(found.layers) == LAYERS
 
 
@@ -154,7 +180,8 @@ def test_a_cut_of_another_model_than_the_teacher_shows_no_layers(cut):
 
 
 def test_a_plain_cut_says_that_nothing_was_refit(cut):
-    found = cut(reconstruct=None)
+    plain = {name: value for name, value in METRICS.items() if name != "refits"}
+    found = cut(plain, reconstruct=None)
     assert "No projection was refit: reconstruct was off." in found.missing
     assert not any(layer.refits for layer in found.layers)
 

@@ -39,7 +39,7 @@ def test_the_student_is_a_checkpoint_with_measurements(settings, teacher, tmp_pa
         metrics["parameters_after"] / metrics["parameters_before"]
     )
     assert metrics["calibration_tokens"] == 128  # whole blocks
-    assert len(metrics["block_influence"]) == len(metrics["reconstruction_residual"]) == 4
+    assert len(metrics["block_influence"]) == len(metrics["refits"]) == 4
     assert metrics["importance_pass_s"] > 0
     assert len(metrics["calibration_fingerprint"]) == 64
     assert student.manifest.inputs == {"source": teacher.key}

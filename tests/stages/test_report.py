@@ -41,9 +41,16 @@ CUT = {
     "parameters_before": 134_515_008,
     "block_influence": [0.9, *[0.04] * 28, 0.4],
     "kept_sizes": {"ffn_hidden_size": 1024},
-    "plain_residual": [0.2] * 30,
-    "reconstruction_residual": [0.1] * 30,
-    "reconstruction_ridge": [0.01] * 29 + [None],
+    "refits": [
+        {
+            "layer": layer,
+            "projection": "down_proj",
+            "plain_residual": 0.2,
+            "residual": 0.1,
+            "ridge": 0.01 if layer < 29 else None,
+        }
+        for layer in range(30)
+    ],
     "calibration_tokens": 16_384,
     "importance_pass_s": 40.0,
 }
@@ -259,7 +266,8 @@ def test_a_real_cut_is_told_projection_by_projection(teacher, text_file, tmp_pat
     ffn, heads = {"kind": "ffn", "size": 64}, {"kind": "heads", "size": 1}
     down, output = cut(ffn), cut(heads)
     assert cut(heads, ffn) == {"output": output["output"], "down": down["down"]}
-    assert cut(ffn, {"kind": "depth", "drop": [2]}) == down
+    kept = [lost for layer, lost in enumerate(down["down"]) if layer != 2]
+    assert cut(ffn, {"kind": "depth", "drop": [2]}) == {"down": kept}
     assert layers[-1] == [True, True, False, True]
 
 

@@ -180,6 +180,14 @@ class Architecture(ABC):
                 hint=f"the nearest ones are {below} and {below + shape.heads}; or change the heads",
             )
 
+    def takes(self, shape: ModelShape) -> bool:
+        """Whether the family's stock config accepts these sizes together; needs no torch."""
+        try:
+            self.check_shape(shape)
+        except ModelError:
+            return False
+        return True
+
     def portable(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config.json`` with the family's own settings in the spelling of both versions."""
         return config
@@ -260,12 +268,25 @@ def norm_slices(norm: "nn.Module") -> "tuple[Slice, ...]":
 
 
 def take(module: "nn.Module", name: str, dim: int, keep_K: "Tensor") -> None:
-    """Keep the entries ``keep_K`` of a parameter along ``dim``, sizes of the module included."""
+    """Keep the entries ``keep_K`` of a parameter along ``dim``, sizes of the module included.
+
+    The padding index of an embedding moves with its row, or is unset if the row goes.
+    """
     from torch import nn
 
     weight = module.get_parameter(name)
     kept = weight.detach().index_select(dim, keep_K.to(weight.device)).contiguous()
-    setattr(module, name, nn.Parameter(kept, requires_grad=weight.requires_grad))
+    if isinstance(module, nn.Embedding) and dim == 0 and module.padding_idx is not None:
+        places = (keep_K == module.padding_idx).nonzero().flatten().tolist()
+        module.padding_idx = places[0] if places else None
+    put(module, name, nn.Parameter(kept, requires_grad=weight.requires_grad))
+
+
+def put(module: "nn.Module", name: str, parameter: "nn.Parameter") -> None:
+    """Give a module another parameter, sizes of the module included."""
+    from torch import nn
+
+    setattr(module, name, parameter)
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = module.weight.shape[1], module.weight.shape[0]
     elif isinstance(module, nn.Embedding):

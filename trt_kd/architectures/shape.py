@@ -55,6 +55,15 @@ class ModelShape:
         """The same shape with other sizes."""
         return replace(self, **cast("dict[str, Any]", sizes))
 
+    def with_layers(self, layers: Any) -> "ModelShape":
+        """The same shape with so many layers; of layers that differ every kind keeps its share.
+
+        Where all layers are alike ``layers`` may be an array.
+        """
+        kinds = {"window_layers": self.window_layers, "dense_layers": self.dense_layers}
+        shares = {n: round(count * layers / self.layers) for n, count in kinds.items() if count}
+        return replace(self, layers=layers, **shares)
+
     def changes(self, other: "ModelShape") -> dict[str, int]:
         """Sizes by name that differ from those of ``other``."""
         mine = vars(self).items()

@@ -46,7 +46,9 @@ RECIPE_COMMANDS: list[Callable[..., None]] = [
     running.gate,
 ]
 STAGE_COMMANDS: list[Callable[..., None]] = [
+    single.score,
     single.prune,
+    single.search,
     single.distill,
     single.quantize,
     single.export,

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.cli.console import print_json, table
-from trt_kd.errors import ModelError
 
 if TYPE_CHECKING:
     from trt_kd.architectures.shape import ModelShape
-    from trt_kd.pruning.base import Axis
     from trt_kd.pruning.budget import Budget
     from trt_kd.pruning.candidates import Candidate, SearchSpace
     from trt_kd.pruning.catalogue import Target
@@ -48,52 +46,13 @@ def dry_run(config: "SearchSpace", directory: Path, *, as_json: bool = False) ->
     Raises:
         TrtKdError: if nothing is legal or fits, or an axis is not the model's.
     """
-    from trt_kd.architectures import architecture_of
     from trt_kd.architectures.shape import read_shape
-    from trt_kd.pruning.candidates import enumerate_candidates
+    from trt_kd.pruning.candidates import possible
 
     shape = read_shape(directory)
-    architecture = architecture_of(shape.model_type)
-    for axis in config.axes:
-        architecture.check_axis(axis.kind, shape)
-    choices = size_choices(config.axes, shape)
+    found = possible(config.axes, shape, config.budget, config.target)
     budget = config.budget.deployed(config.target)
-    found = enumerate_candidates(shape, choices, budget, config.target)
-    fitting = [one for one in found if _family_takes(one, config.axes)]
-    print_candidates(fitting, shape, budget, config.target, as_json=as_json)
-
-
-def size_choices(axes: "Sequence[Axis]", shape: "ModelShape") -> dict[str, list[int]]:
-    """Sizes to try by field of ``ModelShape``: all legal ones of open axes, else the one given."""
-    choices: dict[str, set[int]] = {}
-    groups = {shape.kv_heads}
-    for axis in sorted(axes, key=lambda axis: axis.kind != "kv_heads"):
-        sizes = axis.legal(shape) if axis.is_open else [axis.target(shape)]
-        if axis.kind == "kv_heads":
-            groups = set(sizes)
-            choices["heads"] = {count * (shape.heads // shape.kv_heads) for count in groups}
-        if axis.kind == "heads":
-            choices["heads"] = {count * size for count in groups for size in sizes}
-        else:
-            choices[axis.shape_field] = set(sizes)
-    return {name: sorted(sizes) for name, sizes in choices.items()}
-
-
-def _family_takes(candidate: "Candidate", axes: "Sequence[Axis]") -> bool:
-    """Whether the axes can make these sizes and the stock code takes them together."""
-    from trt_kd.architectures import architecture_of
-
-    original, shape = candidate.original, candidate.shape
-    made = original
-    for axis in axes:
-        made = axis.write(made, axis.read(shape))
-    if made != shape or shape.heads // shape.kv_heads > original.heads // original.kv_heads:
-        return False
-    try:
-        architecture_of(shape.model_type).check_shape(shape)
-    except ModelError:
-        return False
-    return True
+    print_candidates(found, shape, budget, config.target, as_json=as_json)
 
 
 def candidate_rows(candidates: "Sequence[Candidate]", shape: "ModelShape") -> list[list[str]]:

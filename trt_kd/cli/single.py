@@ -36,6 +36,18 @@ def import_model(
     _run("import", settings, config, out, as_json, {})
 
 
+def score(
+    settings: Settings = None,
+    *,
+    source: Source,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score for searches. Example: trt-kd score --source t --out sc 'axes=[ffn, heads, depth]'."""
+    _run("score", settings, config, out, as_json, {"source": source})
+
+
 def prune(
     settings: Settings = None,
     *,
@@ -50,6 +62,7 @@ def prune(
     """Prune. Example: trt-kd prune --source t --out p 'axes=[{kind: ffn, size: 1024}]'.
 
     What fits: trt-kd prune --dry-run --source DIR 'axes=[ffn, depth]' budget.params=80%
+    The best of it: trt-kd score, then trt-kd search with the same settings.
     """
     if dry_run:
         from trt_kd.cli.candidates import dry_run as list_candidates
@@ -62,6 +75,22 @@ def prune(
     if out is None:
         raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
     _run("prune", settings, config, out, as_json, {"source": source})
+
+
+def search(
+    settings: Settings = None,
+    *,
+    source: Source,
+    scores: Annotated[Path, typer.Option(help="What trt-kd score wrote.", show_default=False)],
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune to the best sizes. Example: trt-kd search --source t --scores sc --out p SETTINGS.
+
+    Settings are those of prune, axes without a size: 'axes=[ffn, heads, depth]' budget.params=80%
+    """
+    _run("prune", settings, config, out, as_json, {"source": source, "scores": scores})
 
 
 def distill(

@@ -92,12 +92,41 @@ def _import(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     return size / 2e7, 4.0 * size, 2.0 * size
 
 
+def _cut_s(config: Any, teacher: ModelShape, tokens: int) -> float:
+    """Seconds of one cut that is scored and refit on ``tokens``."""
+    if not config.reconstruct:
+        return forward_s(teacher, tokens)
+    sequential = config.reconstruct.schedule == "sequential"
+    gram_flops = 2.0 * tokens * teacher.layers * teacher.ffn**2
+    return forward_s(teacher, (5 if sequential else 1) * tokens) + (
+        gram_flops / matrix_flops_per_s()
+    )
+
+
+def _score(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    cut_s = _cut_s(config, teacher, config.cut_tokens) + forward_s(teacher, config.check_tokens)
+    seconds = forward_s(teacher, config.calibration_tokens + config.check_tokens)
+    seconds += len(config.cuts(teacher)) * (START_S + cut_s)
+    return seconds, float(config.memory_bytes(teacher)), 8.0 * teacher.layers * teacher.ffn
+
+
 def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    seconds = forward_s(teacher, config.calibration_tokens)
-    if config.reconstruct:
-        gram_flops = 2.0 * config.calibration_tokens * teacher.layers * teacher.ffn**2
-        seconds += gram_flops / matrix_flops_per_s()
-    return seconds, float(config.memory_bytes(teacher)), 2.0 * model.parameters
+    seconds = config.rounds * _cut_s(config, teacher, config.calibration_tokens)
+    disk = 2.0 * model.parameters
+    if config.searching:
+        check_s = START_S + forward_s(teacher, config.searching.check_tokens)
+        seconds = config.searching.top_k * (seconds + check_s)
+        disk *= 1 + config.searching.top_k
+        if config.searching.tournament:
+            trained = config.searching.tournament.trained_sequences() * config.data.block_tokens
+            seconds += (
+                trained
+                * 3
+                * model.forward_flops_per_token()
+                / (TRAINING_SHARE * matrix_flops_per_s())
+            )
+            disk += 12.0 * model.parameters
+    return seconds, float(config.memory_bytes(teacher)), disk
 
 
 def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
@@ -147,6 +176,7 @@ def _report(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 _COSTS: dict[str, Callable[[Any, ModelShape, ModelShape], Cost]] = {
     "import": _import,
+    "score": _score,
     "prune": _prune,
     "distill": _distill,
     "quantize": _quantize,

@@ -12,6 +12,7 @@ from trt_kd.config import StageConfig
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
 from trt_kd.stages.export import ExportConfig
 from trt_kd.stages.report import ReportConfig
+from trt_kd.stages.score import scoring_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ def steps(recipe: Recipe) -> list[Step]:
 
 def _training(recipe: Recipe) -> Iterator[Step]:
     yield Step("teacher", recipe.import_)
-    yield Step("pruned", recipe.prune, {"source": "teacher"})
+    scores = {}
+    if recipe.prune.searching:
+        yield Step("scores", scoring_of(recipe.prune), {"source": "teacher"})
+        scores = {"scores": "scores"}
+    yield Step("pruned", recipe.prune, {"source": "teacher", **scores})
     yield Step("student", recipe.distill, {"teacher": "teacher", "student": "pruned"})
     if recipe.cross_entropy_control:
         yield Step("cross_entropy", recipe.distill.cross_entropy(), {"student": "pruned"})

@@ -34,6 +34,7 @@ def _stage(name: str, function: str, config: str, summary: str) -> Stage:
 
 STAGES: dict[str, Stage] = {
     "import": _stage("import_model", "import_model", "ImportConfig", "bring a model in"),
+    "score": _stage("score", "score", "ScoreConfig", "score every part for a search"),
     "prune": _stage("prune", "prune", "PruneConfig", "cut width and depth, then reconstruct"),
     "distill": _stage("distill", "distill", "DistillConfig", "recover by distillation"),
     "quantize": _stage("quantize", "quantize", "QuantizeConfig", "calibrate low-bit formats"),

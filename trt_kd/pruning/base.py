@@ -80,11 +80,13 @@ class Place:
     """Units that are ranked among each other, and every parameter that follows them."""
 
     sites: tuple[Site, ...]
-    slices: "tuple[Slice, ...]"
+    slices: "tuple[Slice, ...]" = ()
     layer: int | None = None
     """The layer it lies in; None if it runs through all of them."""
     consumer: "nn.Linear | None" = None
     """The projection that reads the units, which can be refit to those that are kept."""
+    cut: "Callable[[Tensor], None] | None" = None
+    """Drops all units but these, where slices cannot say how."""
 
     @property
     def units(self) -> int:
@@ -219,10 +221,18 @@ class WidthAxis(Axis):
         from trt_kd.pruning.slicing import cut
 
         for place, keep_K in zip(self.places(model, architecture), keep, strict=True):
-            cut(place.slices, keep_K, norm_offset=architecture.norm_offset)
-        self.write_config(model, architecture)
+            if place.cut is not None:
+                place.cut(keep_K)
+            else:
+                cut(place.slices, keep_K, norm_offset=architecture.norm_offset)
+        self.after_cut(model, architecture, keep)
 
-    def write_config(self, model: "PreTrainedModel", architecture: "Architecture") -> None:
+    def after_cut(
+        self,
+        model: "PreTrainedModel",
+        architecture: "Architecture",
+        keep: "Sequence[Tensor]",
+    ) -> None:
         """Write the size asked for into the config and the modules of ``model``."""
         before = shape_from_config(model.config.to_dict())
         after = self.write(before, self.target(before))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
+from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel, build_plugin
 from trt_kd.errors import ModelError
@@ -75,12 +76,68 @@ class Candidate:
 def resized(shape: ModelShape, sizes: Mapping[str, Any]) -> ModelShape:
     """``shape`` with other sizes, which may be arrays, and of every kind of layer its share."""
     changes = dict(sizes)
-    if "layers" in changes:
-        layers = changes["layers"]
-        for kind in ("window_layers", "dense_layers"):
-            if getattr(shape, kind):
-                changes[kind] = round(getattr(shape, kind) * layers / shape.layers)
-    return replace(shape, **changes)
+    made = shape.with_layers(changes.pop("layers")) if "layers" in changes else shape
+    return replace(made, **changes)
+
+
+def possible(
+    axes: Sequence[Axis],
+    shape: ModelShape,
+    budget: Budget,
+    target: Target,
+    *,
+    slack: float = 0.05,
+) -> list[Candidate]:
+    """What ``axes`` can make of a model of ``shape``, best use of the budget first.
+
+    Axes without a size are tried at every one that is legal, together; memory counts in the format
+    of ``target`` unless the budget names one. Up to ``slack`` of the budget may go unused, or any
+    share of it if nothing nearer can be made.
+
+    Raises:
+        ModelError: if an axis is not the model's, nothing is legal or fits, or the model fits
+            unpruned.
+    """
+    architecture = architecture_of(shape.model_type)
+    for axis in axes:
+        architecture.check_axis(axis.kind, shape)
+    choices = size_choices(axes, shape)
+    limits = budget.deployed(target)
+    for share in (slack, 1.0):
+        fitting = enumerate_candidates(shape, choices, limits, target, slack=share)
+        found = [one for one in fitting if _makes(axes, one) and architecture.takes(one.shape)]
+        if found:
+            return found
+    raise ModelError(
+        f"none of the {len(fitting):,} combinations of sizes that fit can be made",
+        hint=f"the stock code of a {shape.model_type} model takes none of them together: "
+        "leave another axis open, or name other sizes",
+    )
+
+
+def size_choices(axes: Sequence[Axis], shape: ModelShape) -> dict[str, list[int]]:
+    """Sizes to try by field of ``ModelShape``: all legal ones of open axes, else the one given."""
+    choices: dict[str, set[int]] = {}
+    groups = {shape.kv_heads}
+    for axis in sorted(axes, key=lambda axis: axis.kind != "kv_heads"):
+        sizes = axis.legal(shape) if axis.is_open else [axis.target(shape)]
+        if axis.kind == "kv_heads":
+            groups = set(sizes)
+            choices["heads"] = {count * (shape.heads // shape.kv_heads) for count in groups}
+        if axis.kind == "heads":
+            choices["heads"] = {count * size for count in groups for size in sizes}
+        else:
+            choices[axis.shape_field] = set(sizes)
+    return {name: sorted(sizes) for name, sizes in choices.items()}
+
+
+def _makes(axes: Sequence[Axis], candidate: Candidate) -> bool:
+    """Whether the axes can make these sizes: heads and their groups do not go in every way."""
+    original, shape = candidate.original, candidate.shape
+    made = original
+    for axis in axes:
+        made = axis.write(made, axis.read(shape))
+    return made == shape and shape.heads // shape.kv_heads <= original.heads // original.kv_heads
 
 
 def enumerate_candidates(
@@ -186,7 +243,7 @@ class _Search:
         pruned = resized(self._shape, block)
         legal = self._legal(pruned)
         costs = self._budget.values(pruned)
-        full = np.broadcast_shapes(*(np.shape(value) for value in (legal, *block.values())))
+        full = np.broadcast_shapes((1,), *(np.shape(x) for x in (legal, *block.values())))
         fits = np.broadcast_to(legal, full)
         usage = np.zeros(full)
         for name, cost in costs.items():

@@ -101,11 +101,7 @@ class DepthAxis(Axis):
 
     def write(self, shape: ModelShape, size: int) -> ModelShape:
         """See the base class; of layers that differ as many of each kind stay as before."""
-        return shape.with_sizes(
-            layers=size,
-            window_layers=round(shape.window_layers * size / shape.layers),
-            dense_layers=round(shape.dense_layers * size / shape.layers),
-        )
+        return shape.with_layers(size)
 
     def resized(self, size: int) -> Self:
         """See the base class."""

@@ -1,7 +1,8 @@
 """Score, choose, refit, cut: the order of events of one pruning."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,25 @@ from transformers import PreTrainedModel
 
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.base import Architecture
-from trt_kd.architectures.shape import ModelShape
+from trt_kd.architectures.shape import ModelShape, shape_from_config
+from trt_kd.measuring.progress import Steps
 from trt_kd.pruning import AXES
 from trt_kd.pruning.base import Axis, Importance, Place, Recording, WidthAxis
 from trt_kd.pruning.depth import DepthAxis
-from trt_kd.pruning.reconstruction import Reconstruct, kept_inputs, refit_all, write_refits
-from trt_kd.pruning.ridge import PLAIN, Refit
+from trt_kd.pruning.importance import BlockInfluence
+from trt_kd.pruning.reconstruction import (
+    Reconstruct,
+    first_layers,
+    in_order,
+    kept_inputs,
+    refit_group,
+)
+from trt_kd.pruning.ridge import PLAIN, Gram, Refit
+from trt_kd.pruning.scores import Scores
 from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_gram
-from trt_kd.pruning.sequential import capture, fold_points, refit_sequentially
+from trt_kd.pruning.sequential import capture, fold_points, refit_sequentially, spans
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,15 +61,17 @@ class _Subject:
             for axis in request.axes
             if isinstance(axis, WidthAxis)
         }
-        self.consumers: list[nn.Linear] = []
-        self.groups: list[list[int]] = [[]]
+        self.layers: dict[nn.Linear, int] = {}
+        """Layers of the projections to refit, as they run."""
+        self.first: list[nn.Linear] = []
+        """Those whose Gram matrices are taken while scoring."""
         if request.reconstruct is not None:
             cut = [axis.kind for axis in request.axes if axis.target(shape) < axis.read(shape)]
             found = [place.consumer for kind in cut for place in self.places.get(kind, ())]
-            self.consumers = list(dict.fromkeys(each for each in found if each is not None))
-            widths = [consumer.in_features for consumer in self.consumers]
+            consumers = [each for each in found if each is not None]
+            self.layers = in_order(self.architecture.layers(model), consumers)
             if request.reconstruct.schedule == "once":
-                self.groups = request.reconstruct.groups(widths)
+                self.first = (request.reconstruct.grouped(list(self.layers)) or [[]])[0]
 
     def folds(self, keep: dict[str, list[Tensor]]) -> bool:
         """Whether layers are dropped that others can make up for."""
@@ -65,79 +79,114 @@ class _Subject:
         dropped = "depth" in keep and keep["depth"][0].numel() < self.shape.layers
         return dropped and reconstruct is not None and reconstruct.schedule == "sequential"
 
-    def group(self, number: int) -> list[nn.Linear]:
-        """Projections whose Gram matrices are held at once."""
-        return [self.consumers[index] for index in self.groups[number]]
+    def kept_layers(self, keep: dict[str, list[Tensor]]) -> list[int]:
+        """Numbers of the layers that stay."""
+        return keep["depth"][0].tolist() if "depth" in keep else list(range(self.shape.layers))
+
+    def grams(self, group: Sequence[nn.Linear]) -> dict[nn.Module, Gram]:
+        """Gram matrices of ``group``, in a pass that ends with the layer of its last one."""
+        layers = self.architecture.layers(self.model)
+        with first_layers(layers, 1 + self.layers[group[-1]]):
+            return record_gram(self.model, self.forward_loop, group)
+
+
+def score(
+    model: PreTrainedModel, forward_loop: ForwardLoop, request: Request, shape: ModelShape
+) -> Scores:
+    """Score all that the axes could cut of ``model``, which stays as it is.
+
+    Raises:
+        ModelError: if activations are not finite.
+    """
+    recording = _score(_Subject(model, forward_loop, request, shape))
+    generator = torch.Generator().manual_seed(request.seed)
+    channels = {
+        kind: [_summed(request.importance, totals, generator) for totals in places]
+        for kind, places in recording.channels.items()
+    }
+    return Scores(channels, recording.influence, recording.tokens)
 
 
 def shrink(
-    model: PreTrainedModel, forward_loop: ForwardLoop, request: Request, shape: ModelShape
+    model: PreTrainedModel,
+    forward_loop: ForwardLoop,
+    request: Request,
+    shape: ModelShape,
+    scores: Scores | None = None,
 ) -> dict[str, Any]:
     """Prune ``model`` of ``shape`` in place and return measurements, units in their names.
 
-    Everything is scored on the unpruned model, so the axes' order does not matter.
+    Everything is scored on the unpruned model, so the axes' order does not matter. ``scores`` of
+    this model, taken earlier, decide which channels stay.
 
     Raises:
         ModelError: if activations or a refit are not finite.
     """
     subject = _Subject(model, forward_loop, request, shape)
     started = time.perf_counter()
-    recording = _score(subject)
+    recording = _score(subject, scores)
     pass_s = time.perf_counter() - started
-    keep = _choose(request, recording, shape)
+    keep = _choose(request, recording, shape, scores)
     measured: dict[str, Any] = {
         "importance_pass_s": pass_s,
         "calibration_tokens": recording.tokens,
         "block_influence": recording.influence,
-        "kept_sizes": _kept_sizes(request.axes, shape),
     }
     if "depth" in keep:
         measured["kept_layers"] = keep["depth"][0].tolist()
-    if request.reconstruct is not None and (subject.consumers or subject.folds(keep)):
+    if request.reconstruct is not None and (subject.layers or subject.folds(keep)):
         measured |= _reconstruct(subject, request.reconstruct, recording, keep)
     # In the registry's order: what was recorded of a part must still meet that part.
     order = AXES.names()
     for axis in sorted(request.axes, key=lambda axis: order.index(axis.kind)):
         axis.cut(model, subject.architecture, keep[axis.kind])
-    return measured
+    after = shape_from_config(model.config.to_dict())
+    sizes = {axis.constraint: getattr(after, axis.shape_field) for axis in request.axes}
+    return measured | {"kept_sizes": sizes}
 
 
-def _kept_sizes(axes: Sequence[Axis], shape: ModelShape) -> dict[str, int]:
-    planned = shape
-    for axis in axes:
-        planned = axis.write(planned, axis.target(shape))
-    return {axis.constraint: getattr(planned, axis.shape_field) for axis in axes}
-
-
-def _score(subject: _Subject) -> Recording:
+def _score(subject: _Subject, known: Scores | None = None) -> Recording:
+    """Record what is not known yet; no pass is made if that is nothing."""
     request = subject.request
     depth = [axis for axis in request.axes if isinstance(axis, DepthAxis) and axis.drop is None]
     layers = [Layers(axis.importance, axis.run_length(subject.shape)) for axis in depth]
+    layers_known = layers in ([], [Layers(BlockInfluence(), 1)])
+    if known is not None and layers_known and not subject.first:
+        influence = list(known.influence)
+        runs = [torch.tensor(value) for value in influence]
+        return Recording(influence=influence, runs=runs, tokens=known.tokens)
+    scored = subject.places if known is None else {}
     return record(
         subject.model,
         subject.architecture,
         subject.forward_loop,
-        channels={kind: (request.importance, found) for kind, found in subject.places.items()},
+        channels={kind: (request.importance, found) for kind, found in scored.items()},
         layers=layers[0] if layers else None,
-        consumers=subject.group(0),
+        consumers=subject.first,
     )
 
 
-def _choose(request: Request, recording: Recording, shape: ModelShape) -> dict[str, list[Tensor]]:
+def _choose(
+    request: Request, recording: Recording, shape: ModelShape, known: Scores | None
+) -> dict[str, list[Tensor]]:
+    """What every axis keeps, place by place."""
     generator = torch.Generator().manual_seed(request.seed)
     keep = {}
     for axis in request.axes:
         if isinstance(axis, DepthAxis):
             scores = [axis.importance.scores(total, generator) for total in recording.runs]
+        elif known is not None:
+            scores = known.of(axis.kind)
         else:
-            scores = [
-                torch.stack([request.importance.scores(total, generator) for total in totals]).sum(
-                    0
-                )
-                for totals in recording.channels[axis.kind]
-            ]
+            places = recording.channels[axis.kind]
+            scores = [_summed(request.importance, totals, generator) for totals in places]
         keep[axis.kind] = axis.keep(scores, shape)
     return keep
+
+
+def _summed(importance: Importance, totals: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Scores of one place, over all its sites."""
+    return torch.stack([importance.scores(total, generator) for total in totals]).sum(0)
 
 
 def _reconstruct(
@@ -151,13 +200,21 @@ def _reconstruct(
     if reconstruct.schedule == "sequential":
         recording.gram.clear()
         return _refit_sequentially(subject, reconstruct, keep, inputs)
-    refits = refit_all(recording.gram, inputs, reconstruct)
-    recording.gram.clear()
-    for number in range(1, len(subject.groups)):
-        grams = record_gram(subject.model, subject.forward_loop, subject.group(number))
-        refits |= refit_all(grams, inputs, reconstruct)
-    write_refits(refits, inputs)
-    return _measured([refits[consumer] for consumer in subject.consumers])
+    kept = set(subject.kept_layers(keep))
+    inputs = {each: inputs[each] for each, layer in subject.layers.items() if layer in kept}
+    rest = reconstruct.grouped([each for each in inputs if each not in subject.first])
+    if rest:
+        logger.info(
+            "%d projections to refit: memory_gib %g makes that %d more passes over the text",
+            len(inputs),
+            reconstruct.memory_gib,
+            len(rest),
+        )
+    with Steps("refitting", len(inputs)) as steps:
+        refits = refit_group(recording.gram, inputs, reconstruct, steps.step)
+        for group in rest:
+            refits |= refit_group(subject.grams(group), inputs, reconstruct, steps.step)
+    return _measured(subject, refits)
 
 
 def _refit_sequentially(
@@ -167,27 +224,33 @@ def _refit_sequentially(
     inputs: dict[nn.Linear, Tensor],
 ) -> dict[str, Any]:
     """Refit what lost inputs, and what has to make up for the layers dropped behind it."""
-    kept_layers = (
-        keep["depth"][0].tolist() if "depth" in keep else list(range(subject.shape.layers))
-    )
+    kept_layers = subject.kept_layers(keep)
     model, architecture = subject.model, subject.architecture
     layers = architecture.layers(model)
-    folds = fold_points(layers, architecture, kept_layers)
+    kept = spans(kept_layers, len(layers))
+    folds = fold_points(layers, architecture, kept)
     wanted = {fold: torch.arange(fold.in_features) for fold in folds} | inputs
     batches = capture(model, architecture, subject.forward_loop)
-    refits = refit_sequentially(
-        model, architecture, batches, wanted, kept_layers, reconstruct.ridges
-    )
-    measured = _measured([refits[each] for each in subject.consumers if each in refits])
-    alone = [refits[fold] for fold in folds if fold not in inputs]
-    return measured | ({"fold_residual": [each.residual for each in alone]} if alone else {})
+    refits = refit_sequentially(model, architecture, batches, wanted, kept, reconstruct.ridges)
+    return _measured(subject, refits)
 
 
-def _measured(refits: Sequence[Refit]) -> dict[str, Any]:
-    if not refits:
-        return {}
-    return {
-        "reconstruction_residual": [each.residual for each in refits],
-        "plain_residual": [each.plain_residual for each in refits],
-        "reconstruction_ridge": [None if each.ridge == PLAIN else each.ridge for each in refits],
-    }
+def _measured(subject: _Subject, refits: Mapping[nn.Linear, Refit]) -> dict[str, Any]:
+    """What every refit lost, by layer before the cut and projection."""
+    found = []
+    for number, layer in enumerate(subject.architecture.layers(subject.model)):
+        mlp = subject.architecture.mlp(layer)
+        named = {"o_proj": subject.architecture.attention(layer).o}
+        named |= {"down_proj": mlp.down} if mlp is not None else {}
+        found += [
+            {
+                "layer": number,
+                "projection": name,
+                "residual": refits[linear].residual,
+                "plain_residual": refits[linear].plain_residual,
+                "ridge": None if refits[linear].ridge == PLAIN else refits[linear].ridge,
+            }
+            for name, linear in named.items()
+            if linear in refits
+        ]
+    return {"refits": found} if found else {}

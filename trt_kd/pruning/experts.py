@@ -8,7 +8,6 @@ Shapes: B sequences, L tokens, T both, S tokens of one expert, E experts, C chan
 H hidden.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -38,7 +37,11 @@ class ExpertFfnAxis(WidthAxis):
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
         """One per mixture: the channels of all experts, one expert after the other."""
         return [
-            Place((_site(experts, channel_states, channel_pair),), (), n)
+            Place(
+                (_site(experts, channel_states, channel_pair),),
+                layer=n,
+                cut=partial(_narrow, experts),
+            )
             for n, experts in mixtures(model, architecture)
         ]
 
@@ -55,14 +58,6 @@ class ExpertFfnAxis(WidthAxis):
             )
             for scores_N in scores
         ]
-
-    def cut(
-        self, model: "PreTrainedModel", architecture: "Architecture", keep: "Sequence[Tensor]"
-    ) -> None:
-        """See the base class; cut before experts are, since ``keep`` counts all of them."""
-        for (_, experts), keep_N in zip(mixtures(model, architecture), keep, strict=True):
-            experts.narrow(keep_N.view(experts.count, -1) % experts.width)
-        self.write_config(model, architecture)
 
 
 class ExpertsAxis(WidthAxis):
@@ -81,23 +76,20 @@ class ExpertsAxis(WidthAxis):
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
         """One per mixture: what each expert adds to the output for the tokens it is given."""
         return [
-            Place((_site(experts, expert_states, expert_pair),), (), n)
+            Place((_site(experts, expert_states, expert_pair),), layer=n, cut=experts.keep)
             for n, experts in mixtures(model, architecture)
         ]
-
-    def cut(
-        self, model: "PreTrainedModel", architecture: "Architecture", keep: "Sequence[Tensor]"
-    ) -> None:
-        """See the base class."""
-        for (_, experts), keep_K in zip(mixtures(model, architecture), keep, strict=True):
-            experts.keep(keep_K)
-        self.write_config(model, architecture)
 
 
 def mixtures(model: "PreTrainedModel", architecture: "Architecture") -> "list[tuple[int, Experts]]":
     """The experts of a model with the number of their layer, first to last."""
     found = enumerate(map(architecture.experts, architecture.layers(model)))
     return [(index, experts) for index, experts in found if experts is not None]
+
+
+def _narrow(experts: "Experts", keep_N: "Tensor") -> None:
+    """Keep channels counted through the whole mixture: to be cut before experts are."""
+    experts.narrow(keep_N.view(experts.count, -1) % experts.width)
 
 
 def _site(experts: "Experts", read: "Callable[..., Tensor]", pair: "Callable[..., Pair]") -> Site:

@@ -11,11 +11,18 @@ the mode's settings) and not at two bytes for every parameter::
               constraints={"export_config": {"ffn_hidden_size": 1024}},
               config={"forward_loop": forward_loop})
 
+Under limits several axes may stay open, by default all that the family has: then the best sizes
+are searched, with ``top_k``, ``score_func``, ``max_width_pruning``, ``max_depth_pruning`` and
+``hparams_to_skip`` in ``config`` as there. Without a ``score_func`` candidates are measured by
+their divergence from the unpruned model, on text of the loop that the refit did not see.
+``checkpoint`` is a folder that ``trt-kd score`` wrote.
+
 The second value it returns holds the sizes and measurements under ``best``.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from modelopt.torch.nas.conversion import NASModeRegistry
@@ -36,7 +43,10 @@ from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.pruning.base import Axis
 from trt_kd.pruning.budget import Budget
 from trt_kd.pruning.engine import Request, shrink
+from trt_kd.pruning.in_memory import search_sizes
 from trt_kd.pruning.reconstruction import Reconstruct
+from trt_kd.pruning.scores import Scores
+from trt_kd.pruning.search import Search, open_axes
 from trt_kd.pruning.sizes import planned_shape, settled
 from trt_kd.registry import Registry
 
@@ -47,7 +57,7 @@ P = TypeVar("P", bound=Plugin)
 class HFMinitronConfig(ModeloptBaseConfig):  # type: ignore[misc]
     """Settings of the mode, plain data so that ModelOpt can store them."""
 
-    axes: list[dict[str, Any]] = ModeloptField(
+    axes: list[str | dict[str, Any]] = ModeloptField(
         default=[],
         title="Axes",
         description="Axes with their options, sizes left out; those that the constraints name "
@@ -77,19 +87,31 @@ class HFMinitronSearcher(BaseSearcher):  # type: ignore[misc]
     """Runs the forward loop under hooks, then cuts the model in place."""
 
     @property
+    def default_search_config(self) -> dict[str, Any]:
+        """ModelOpt's own, and those of ``mcore_minitron`` that mean the same here."""
+        theirs = {"hparams_to_skip": None, "top_k": 10}
+        limits = {"max_width_pruning": 0.4, "max_depth_pruning": 0.2}
+        return {**super().default_search_config, **theirs, **limits}
+
+    @property
     def default_state_dict(self) -> dict[str, Any]:
         """The result: sizes and measurements."""
         return {"best": {}}
 
+    def load_search_checkpoint(self, strict: bool = True) -> bool:
+        """Leave ``checkpoint`` to the search itself: it is a folder of scores, not a pickle."""
+        return False
+
     def run_search(self) -> None:
-        """Score and cut.
+        """Score, or read the scores in the folder ``checkpoint``, and cut.
 
         Raises:
             TrtKdError: if the constraints, the sizes or the activations are impossible.
         """
         settings = modelopt_state(self.model)["modelopt_state_dict"][-1][1]["config"]
         shape = model_shape(self.model)
-        axes = _axes(settings, self.constraints, shape)
+        skipped = self.config["hparams_to_skip"] or []
+        axes, budget = _axes(settings, self.constraints, shape, skipped)
         reconstruct = settings["reconstruct"]
         request = Request(
             axes=axes,
@@ -102,9 +124,21 @@ class HFMinitronSearcher(BaseSearcher):  # type: ignore[misc]
             raise ConfigError(
                 f"{NAME} needs calibration text", hint="give prune() config={'forward_loop': ...}"
             )
+        folder = self.config["checkpoint"]
+        scores = None if folder is None else Scores.load(Path(folder))
         started = time.perf_counter()
-        self.best = shrink(self.model, forward_loop, request, shape)
+        found: dict[str, Any] = {}
+        if budget is not None:
+            request.axes, found = search_sizes(
+                self.model, forward_loop, request, budget, self._search(), self.config["score_func"]
+            )
+        self.best = shrink(self.model, forward_loop, request, shape, scores)
+        self.best |= {"search": found} if found else {}
         self.best["seconds"] = time.perf_counter() - started
+
+    def _search(self) -> Search:
+        names = ("top_k", "max_width_pruning", "max_depth_pruning")
+        return validate(Search, {name: self.config[name] for name in names}, where=NAME)
 
 
 @NASModeRegistry.register_mode
@@ -175,9 +209,12 @@ def detach_state(model: nn.Module) -> None:
 
 
 def _axes(
-    settings: Mapping[str, Any], constraints: Mapping[str, Any], shape: ModelShape
-) -> list[Axis]:
-    """The axes with the sizes that the constraints ask for."""
+    settings: Mapping[str, Any],
+    constraints: Mapping[str, Any],
+    shape: ModelShape,
+    skipped: Sequence[str],
+) -> tuple[list[Axis], Budget | None]:
+    """The axes with the sizes that the constraints ask for, or open with the budget of a search."""
     known = {"export_config", "params", "active_params", "memory_mb"}
     if (
         not constraints
@@ -191,7 +228,10 @@ def _axes(
     axes = [_plugin(AXES, value) for value in settings["axes"]]
     if "export_config" not in constraints:
         budget = validate(Budget, {**settings["memory"], **constraints}, where=NAME)
-        return settled(axes, planned_shape(axes, budget, shape))
+        axes = [axis for axis in axes or _all_axes(shape) if axis.constraint not in skipped]
+        if len(open_axes(axes)) > 1:
+            return axes, budget
+        return settled(axes, planned_shape(axes, budget, shape)), None
     wanted = dict(constraints["export_config"])
     present = {axis.constraint for axis in axes}
     missing = wanted.keys() - present
@@ -208,7 +248,14 @@ def _axes(
         )
     asked = shape.with_sizes(**{axis.shape_field: wanted[axis.constraint] for axis in axes})
     axes = [axis.resized(axis.read(asked)) for axis in axes]
-    return settled(axes, planned_shape(axes, None, shape))
+    return settled(axes, planned_shape(axes, None, shape)), None
+
+
+def _all_axes(shape: ModelShape) -> list[Axis]:
+    """Every axis that the family has and whose cut leaves the tokens as they are."""
+    lacking = architecture_of(shape.model_type).axes(shape)
+    axes: list[Axis] = [_plugin(AXES, name) for name in AXES.names() if not lacking[name]]
+    return [axis for axis in axes if axis.unit != "tokens"]
 
 
 def constraints_known() -> list[str]:

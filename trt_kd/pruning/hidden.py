@@ -31,23 +31,18 @@ class HiddenAxis(WidthAxis):
         embedding, head = architecture.embedding(model), architecture.head(model)
         norms = [norm for layer in layers for norm in architecture.norms(layer)]
         hidden = embedding.embedding_dim
-        slices = [Slice(embedding, "weight", 1, hidden)]
-        if head.weight is not embedding.weight:
-            slices.append(Slice(head, "weight", 1, hidden))
+        slices = [Slice(embedding, "weight", 1, hidden), Slice(head, "weight", 1, hidden)]
         slices += [entry for layer in layers for entry in architecture.residual(layer)]
         slices += norm_slices(architecture.final_norm(model))
         return [Place(tuple(Site(norm, "output") for norm in norms), tuple(slices))]
 
-    def cut(
+    def after_cut(
         self,
         model: "PreTrainedModel",
         architecture: "Architecture",
         keep: "Sequence[Tensor]",
     ) -> None:
-        """See the base class; a tied head stays tied."""
-        embedding, head = architecture.embedding(model), architecture.head(model)
-        tied, before = head.weight is embedding.weight, embedding.embedding_dim
-        super().cut(model, architecture, keep)
-        if tied:
-            head.weight, head.in_features = embedding.weight, embedding.embedding_dim
-        architecture.after_hidden(model, before, embedding.embedding_dim)
+        """See the base class; the code may derive other things from the hidden size."""
+        before = model.config.hidden_size
+        super().after_cut(model, architecture, keep)
+        architecture.after_hidden(model, before, model.config.hidden_size)

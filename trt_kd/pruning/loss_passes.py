@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
+from trt_kd.measuring.progress import Steps, progress
 from trt_kd.pruning.base import Importance, Place, Site
 from trt_kd.pruning.hooks import Hook, Observe, evaluating
 
@@ -87,7 +87,7 @@ def next_token_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
 def backward(model: PreTrainedModel, architecture: Architecture, batches: Sequence[Batch]) -> None:
     """Run the summed loss of every batch forward and backward, through activations only."""
     with _frozen(model, architecture), evaluating(model), torch.enable_grad():
-        for batch in tqdm(batches, desc="gradients", disable=None):
+        for batch in progress(batches, "gradients"):
             loss, _ = next_token_loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
 
@@ -204,7 +204,7 @@ def skipping_losses(
     with (
         torch.no_grad(),
         evaluating(model),
-        tqdm(total=len(rows) * len(firsts), desc="skipping layers", disable=None) as bar,
+        Steps("skipping layers", len(rows) * len(firsts)) as steps,
     ):
         for row in rows:
             with _returns(modules) as returns:
@@ -214,7 +214,7 @@ def skipping_losses(
             for first in firsts:
                 with _skipped(modules[: first + run_length], returns[first]):
                     losses[1 + first] += next_token_loss(model, row)[0].cpu()
-                bar.update()
+                steps.step()
     whole, *without = losses / tokens
     return [importance.contribution(whole, each) for each in without]
 

@@ -1,6 +1,7 @@
 """After a projection lost inputs, refit it to do the most with what is left."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Schedule = Literal["once", "sequential"]
 
+ROWS = 640
+"""Outputs of a projection, or columns of a Gram matrix, that stand there in float64 at once."""
+
 
 class Reconstruct(StrictModel):
     """One ridge regression per projection, see ``ridge.py``.
@@ -29,29 +33,40 @@ class Reconstruct(StrictModel):
 
     ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Pulls towards the plain cut to choose from, as shares of the mean squared activation."""
-    memory_gib: PositiveFloat = 4.0
+    memory_gib: PositiveFloat = 1.0
     """Limit for the Gram matrices held at once; more than fit cost more forward passes."""
 
     def groups(self, widths: Sequence[int]) -> list[list[int]]:
-        """Numbers of the projections, by their ``widths``, whose matrices are held at once."""
+        """Numbers of the projections, by their ``widths``, whose matrices are held at once.
+
+        The last projections come first, so that what is refit does not touch what comes later.
+        """
         groups: list[list[int]] = [[]]
         held = 0
-        for number, width in enumerate(widths):
-            if groups[-1] and held + gram_bytes(width) > self.memory_gib * 2**30:
+        for number in reversed(range(len(widths))):
+            if groups[-1] and held + gram_bytes(widths[number]) > self.memory_gib * 2**30:
                 groups.append([])
                 held = 0
-            groups[-1].append(number)
-            held += gram_bytes(width)
+            groups[-1].insert(0, number)
+            held += gram_bytes(widths[number])
         return groups
 
+    def grouped(self, consumers: "Sequence[nn.Linear]") -> "list[list[nn.Linear]]":
+        """``consumers``, given as they run, by what is held at once; the last ones first."""
+        groups = self.groups([consumer.in_features for consumer in consumers])
+        return [[consumers[number] for number in group] for group in groups if group]
+
     def memory_bytes(self, widths: Sequence[int]) -> int:
-        """Most bytes it holds at once: one group's matrices and one solution in float64."""
+        """Most bytes it holds at once: one group's matrices and what solves for one projection.
+
+        That is the kept inputs' part of both matrices, a factor in float64, and some outputs.
+        """
         if not widths:
             return 0
         held = [
             sum(gram_bytes(widths[number]) for number in group) for group in self.groups(widths)
         ]
-        return max(held) + 6 * gram_bytes(max(widths))
+        return max(held) + 2 * gram_bytes(max(widths)) + 10 * 8 * ROWS * max(widths)
 
 
 def gram_bytes(width: int) -> int:
@@ -78,25 +93,50 @@ def kept_inputs(
     return {consumer: mask.nonzero().flatten() for consumer, mask in masks.items()}
 
 
-def refit_all(
-    grams: "Mapping[nn.Module, Gram]",
-    keep: "Mapping[nn.Linear, Tensor]",
-    reconstruct: Reconstruct,
-) -> "dict[nn.Linear, Refit]":
-    """Solve for every projection in ``grams``; the model stays as it is."""
-    from trt_kd.pruning.ridge import refit
-
+def in_order(layers: "nn.ModuleList", consumers: "Iterable[nn.Linear]") -> "dict[nn.Linear, int]":
+    """``consumers`` with their layers as they run: layer by layer, attention before the MLP."""
+    wanted = set(consumers)
     return {
-        consumer: refit(consumer.weight, grams[consumer], keep_K, reconstruct.ridges)
-        for consumer, keep_K in keep.items()
-        if consumer in grams
+        module: index
+        for index, layer in enumerate(layers)
+        for module in layer.modules()
+        if module in wanted
     }
 
 
-def write_refits(refits: "Mapping[nn.Linear, Refit]", keep: "Mapping[nn.Linear, Tensor]") -> None:
-    """Put the solutions into the columns that will be kept, so that any order of cuts works."""
+@contextmanager
+def first_layers(layers: "nn.ModuleList", count: int) -> Iterator[None]:
+    """Take the layers behind the first ``count`` off the model meanwhile."""
+    rest = list(layers[count:])
+    del layers[count:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)
+
+
+def refit_group(
+    grams: "dict[nn.Module, Gram]",
+    keep: "Mapping[nn.Linear, Tensor]",
+    reconstruct: Reconstruct,
+    tell: "Callable[[], object]",
+) -> "dict[nn.Linear, Refit]":
+    """Refit the projections in both ``grams`` and ``keep`` in the model; ``grams`` is used up.
+
+    ``tell`` is called after every one. The solutions stand in the model and nowhere else.
+    """
     import torch
 
-    with torch.no_grad():
-        for consumer, solution in refits.items():
+    from trt_kd.pruning.ridge import refit
+
+    found = {}
+    wanted = [consumer for consumer in keep if consumer in grams]
+    for consumer in grams.keys() - set(wanted):
+        del grams[consumer]
+    for consumer in wanted:
+        solution = refit(consumer.weight, grams.pop(consumer), keep[consumer], reconstruct.ridges)
+        with torch.no_grad():  # into the columns that stay, so that any order of cuts works
             consumer.weight[:, keep[consumer]] = solution.weight.to(consumer.weight)
+        found[consumer] = solution._replace(weight=solution.weight.new_empty(0))
+        tell()
+    return found

@@ -1,10 +1,10 @@
 r"""Refit a projection to fewer inputs by ridge regression; pure torch.
 
-For inputs X ``[T, C]`` with Gram matrix G = X'X, a projection W ``[H, C]``, kept inputs K and an
-error E ``[T, H]`` that the projection shall make up for besides, the new one minimises
+For inputs X ``[T, C]`` with Gram matrix G = X'X, a projection W ``[H, C]``, kept inputs K, cut ones
+D and an error E ``[T, H]`` that the projection shall make up for besides, the new one minimises
 :math:`\|X W' + \phi E - X_K W_K'\|^2 + \lambda \|W_K - W_{:,K}\|^2`:
 
-.. math:: W_K = (W G_{:,K} + \phi E'X_K + \lambda W_{:,K}) (G_{KK} + \lambda I)^{-1}
+.. math:: W_K = W_{:,K} + (W_{:,D} G_{DK} + \phi E'X_K) (G_{KK} + \lambda I)^{-1}
 
 so that a large lambda leaves the plain cut. Every other sequence is kept out of the fit, and the
 lambda (and the share :math:`\phi` of the error) that does best on those is the one used on all:
@@ -12,8 +12,9 @@ with too few tokens that is the plain cut. The same regression serves ZipLM (arX
 SlimGPT (arXiv:2412.18110) and OSSCAR (arXiv:2403.12983).
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor
 
 from trt_kd.errors import ModelError
+from trt_kd.pruning.reconstruction import ROWS
 
+JUDGED = 128
+"""Outputs, or mixtures of them, by which ridges are compared."""
 PLAIN = math.inf
 """The ridge with which the plain cut stays as it is."""
 
@@ -42,11 +46,6 @@ class Moments:
         crosses = [each.cross for each in (self, other) if each.cross is not None]
         cross = crosses[0] + crosses[1] if len(crosses) == 2 else None
         return Moments(self.gram + other.gram, cross, self.energy + other.energy)
-
-    def double(self) -> "Moments":
-        """The same in float64."""
-        cross = None if self.cross is None else self.cross.double()
-        return Moments(self.gram.double(), cross, self.energy)
 
 
 class Gram:
@@ -110,7 +109,7 @@ class Refit(NamedTuple):
     """A refitted projection and the share of the wanted output's energy that is lost."""
 
     weight: Tensor
-    """The new projection ``[H, K]``, float64."""
+    """The new projection ``[H, K]``, in the old one's dtype."""
     residual: float
     """Squared error over squared output, with the new projection."""
     plain_residual: float
@@ -126,70 +125,146 @@ def refit(
     ridges: Sequence[float],
     feedbacks: Sequence[float] = (0.0,),
 ) -> Refit:
-    """Solve for the projection from the channels ``keep_K``.
+    """Solve for the projection from the channels ``keep_K``, in float64.
 
     A ridge times the mean of diag(G) is lambda; the best of ``ridges`` and ``feedbacks`` (shares of
     the error) and of the plain cut is found on one half of the sequences with the solutions of the
-    other half, both ways.
+    other half, both ways; of more than ``JUDGED`` outputs as many random mixtures are judged.
 
     Raises:
         ModelError: if there are fewer than two sequences.
     """
-    weight = weight_HC.detach().double()
-    one, other = (_Problem(weight, half.double(), keep_K) for half in gram.halves)
-    candidates = [(ridge, share) for ridge in sorted(ridges) for share in feedbacks]
-    candidates.append((PLAIN, 0.0))
-    losses = [
-        other.lost(one.solve(*candidate)) + one.lost(other.solve(*candidate))
-        for candidate in candidates
-    ]
-    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    best = candidates[losses.index(min(losses))] if min(losses) < math.inf else candidates[-1]
-    whole = _Problem(weight, gram.sum.double(), keep_K)
-    fitted, plain = whole.solve(*best), whole.solve(PLAIN)
-    shares = [max(whole.lost(each), 0.0) / (whole.energy or 1.0) for each in (fitted, plain)]
-    return Refit(fitted, shares[0], shares[1], best[0])
+    weight_HC, keep_K = weight_HC.detach(), keep_K.to(weight_HC.device)
+    ridge, share = _best(weight_HC, gram.halves, keep_K, sorted(ridges), feedbacks)
+    return solve(weight_HC, gram.halves, keep_K, ridge, share)
 
 
-class _Problem:
-    """Everything that the candidates for one projection share."""
-
-    def __init__(self, weight_HC: Tensor, moments: Moments, keep_K: Tensor) -> None:
-        gram_CC = moments.gram
-        output_HC = weight_HC @ gram_CC
-        self.plain_HK = weight_HC[:, keep_K]
-        self.gram_KK = gram_CC[keep_K][:, keep_K]
-        self.mean = float(gram_CC.diagonal().mean())
-        self.output_HK = output_HC[:, keep_K]
-        self.error_HK = None if moments.cross is None else moments.cross[:, keep_K]
-        self.energy = float((output_HC * weight_HC).sum()) + moments.energy
-        """Squares of the wanted output: the old one and the errors."""
-        if moments.cross is not None:
-            self.energy += 2.0 * float((moments.cross * weight_HC).sum())
-
-    def solve(self, ridge: float, feedback: float = 0.0) -> Tensor:
-        """The projection ``[H, K]`` for one ridge, in float64; not finite if there is none."""
-        # With no input energy at all any lambda gives the plain cut.
-        damping = ridge * self.mean
-        if math.isinf(ridge) or damping == 0.0:
-            return self.plain_HK
-        system_KK = self.gram_KK.clone()
-        system_KK.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(system_KK)
-        if int(info) != 0:
-            return torch.full_like(self.plain_HK, math.nan)
-        right_HK = self.output_HK + damping * self.plain_HK
-        if feedback and self.error_HK is not None:
-            right_HK += feedback * self.error_HK
-        return torch.cholesky_solve(right_HK.T, factor).T
-
-    def lost(self, candidate_HK: Tensor) -> float:
-        """Squared distance to the wanted output, the errors made up for in full."""
-        wanted_HK = self.output_HK if self.error_HK is None else self.output_HK + self.error_HK
-        ours = float(((candidate_HK @ self.gram_KK - 2.0 * wanted_HK) * candidate_HK).sum())
-        return self.energy + ours
+def solve(
+    weight_HC: Tensor,
+    lots: Sequence[Moments],
+    keep_K: Tensor,
+    ridge: float,
+    feedback: float = 0.0,
+) -> Refit:
+    """The projection for one ridge from the tokens of all ``lots``; not finite if there is none."""
+    inputs = _Inputs(lots, keep_K)
+    fitted_HK = weight_HC[:, keep_K]
+    factor_KK = None if math.isinf(ridge) else inputs.factor(ridge)
+    wanted = plain = sum(lot.energy for lot in lots)
+    gained = 0.0
+    for first in range(0, len(weight_HC), ROWS):
+        rows = slice(first, first + ROWS)
+        crosses = [lot.cross[rows] for lot in lots if lot.cross is not None]
+        cut = _Cut(weight_HC[rows].double(), crosses, inputs)
+        plain += cut.loss
+        wanted += cut.loss - cut.gain(-fitted_HK[rows].double())
+        if factor_KK is not None:
+            change_HK = cut.change(factor_KK, feedback)
+            gained += cut.gain(change_HK)
+            fitted_HK[rows] = (fitted_HK[rows] + change_HK).to(fitted_HK.dtype)
+    shares = [max(lost, 0.0) / (wanted or 1.0) for lost in (plain - gained, plain)]
+    return Refit(fitted_HK, shares[0], shares[1], ridge)
 
 
-def solve(weight_HC: Tensor, moments: Moments, keep_K: Tensor, ridge: float) -> Tensor:
-    """The projection ``[H, K]`` for one ridge, in float64; not finite if there is none."""
-    return _Problem(weight_HC.double(), moments.double(), keep_K).solve(ridge)
+def _best(
+    weight_HC: Tensor,
+    halves: Sequence[Moments],
+    keep_K: Tensor,
+    ridges: Sequence[float],
+    feedbacks: Sequence[float],
+) -> tuple[float, float]:
+    """Ridge and feedback of the solutions that gain most on the half that they do not know."""
+    mix = _mixtures(len(weight_HC))
+    judged_JC = mix(weight_HC)
+    one, other = (
+        _Cut(
+            judged_JC, [mix(half.cross)] if half.cross is not None else [], _Inputs([half], keep_K)
+        )
+        for half in halves
+    )
+    best, highest = (PLAIN, 0.0), 0.0
+    for ridge in ridges:
+        pairs = zip(
+            _gains(one, other, ridge, feedbacks), _gains(other, one, ridge, feedbacks), strict=True
+        )
+        for feedback, gain in zip(feedbacks, map(sum, pairs), strict=True):
+            if math.isfinite(gain) and gain > highest:
+                best, highest = (ridge, feedback), gain
+    return best
+
+
+def _gains(fit: "_Cut", check: "_Cut", ridge: float, feedbacks: Sequence[float]) -> list[float]:
+    """What the solutions for ``fit`` gain on ``check``, by feedback."""
+    factor_KK = fit.inputs.factor(ridge)
+    return [check.gain(fit.change(factor_KK, feedback)) for feedback in feedbacks]
+
+
+def _mixtures(outputs: int) -> Callable[[Tensor], Tensor]:
+    """Turns rows into float64, many of them into sums with random signs: squares tell as much."""
+    if outputs <= JUDGED:
+        return Tensor.double
+    generator = torch.Generator().manual_seed(0)
+    signs_JH = torch.randint(0, 2, (JUDGED, outputs), generator=generator).double() * 2.0 - 1.0
+    return lambda rows_HC: signs_JH.to(rows_HC.device) @ rows_HC.double()
+
+
+class _Inputs:
+    """The Gram matrix of some lots of tokens, parted into kept and cut inputs; in float32."""
+
+    def __init__(self, lots: Sequence[Moments], keep_K: Tensor) -> None:
+        self.mean = sum(float(lot.gram.diagonal().double().mean()) for lot in lots)
+        dropped_C = torch.ones(len(lots[0].gram), dtype=torch.bool, device=keep_K.device)
+        dropped_C[keep_K] = False
+        self.keep_K, self.drop_D = keep_K, dropped_C.nonzero().flatten()
+        self.gram_KK = _part(lots, self.keep_K, self.keep_K)
+        self.gram_DK = _part(lots, self.drop_D, self.keep_K)
+        self.gram_DD = _part(lots, self.drop_D, self.drop_D)
+
+    def factor(self, ridge: float) -> Tensor:
+        """Cholesky factor ``[K, K]`` for the kept inputs, in float64; NaN if there is none."""
+        system_KK = self.gram_KK.to(torch.float64, copy=True)
+        system_KK.diagonal().add_(ridge * self.mean)
+        # In place: it is symmetric, and LAPACK's matrices stand column by column.
+        factor_KK, info = system_KK.T, torch.zeros((), dtype=torch.int32, device=system_KK.device)
+        torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, info))
+        return factor_KK if int(info) == 0 else factor_KK.fill_(math.nan)
+
+
+def _part(lots: Sequence[Moments], rows_R: Tensor, columns_K: Tensor) -> Tensor:
+    parts = (lot.gram[rows_R.unsqueeze(1), columns_K] for lot in lots)
+    return functools.reduce(Tensor.add_, parts)
+
+
+class _Cut:
+    """What is lost of some outputs with the cut inputs, and what a change of the others gains."""
+
+    def __init__(self, weight_HC: Tensor, crosses: Sequence[Tensor], inputs: _Inputs) -> None:
+        self.inputs = inputs
+        cut_HD = weight_HC[:, inputs.drop_D]
+        self.goal_HK = self.wanted_HK = _times(cut_HD, inputs.gram_DK)
+        self.loss = float((_times(cut_HD, inputs.gram_DD) * cut_HD).sum())
+        """Squares of the cut inputs' output and twice its product with the errors."""
+        for cross_HC in crosses:
+            self.wanted_HK = self.wanted_HK + cross_HC[:, inputs.keep_K]
+            self.loss += 2.0 * float((cross_HC[:, inputs.drop_D] * cut_HD).sum())
+
+    def change(self, factor_KK: Tensor, feedback: float) -> Tensor:
+        """What to add to the kept weights, ``[H, K]``; the errors are made up for in part."""
+        right_HK = torch.lerp(self.goal_HK, self.wanted_HK, feedback)
+        half_KH = torch.linalg.solve_triangular(factor_KK, right_HK.T, upper=False)
+        change_KH: Tensor = torch.linalg.solve_triangular(factor_KK.T, half_KH, upper=True)
+        return change_KH.T
+
+    def gain(self, change_HK: Tensor) -> float:
+        """How much less is lost with the change."""
+        product_HK = _times(change_HK, self.inputs.gram_KK)
+        return float(((2.0 * self.wanted_HK - product_HK) * change_HK).sum())
+
+
+def _times(left_HR: Tensor, gram_RK: Tensor) -> Tensor:
+    """Product in float64 with a matrix that never stands there in float64 as a whole."""
+    product_HK = left_HR.new_empty(len(left_HR), gram_RK.shape[1])
+    for first in range(0, gram_RK.shape[1], ROWS):
+        columns = slice(first, first + ROWS)
+        product_HK[:, columns] = left_HR @ gram_RK[:, columns].double()
+    return product_HK

@@ -12,15 +12,20 @@ Shapes: B sequences, L tokens, H hidden, C inputs of a projection.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
+from trt_kd.measuring.progress import progress
+from trt_kd.pruning.hooks import evaluating, hooks
 from trt_kd.pruning.ridge import Gram, Refit, refit
 
 FEEDBACKS = (0.0, 0.3, 1.0)
@@ -46,32 +51,26 @@ def capture(
         ModelError: if nothing was run.
     """
     batches: list[Batch] = []
-
-    def watch(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            rest = {name: value for name, value in named.items() if name != "hidden_states"}
-            rest |= {name: None for name in ("past_key_value", "past_key_values") if name in rest}
-            if index == 0:
-                state = arguments[0] if arguments else named["hidden_states"]
-                batches.append(Batch(state.detach().clone(), []))
-            batches[-1].calls.append((arguments[1:], rest))
-
-        return hook
-
-    layers = architecture.layers(model)
-    handles = [
-        layer.register_forward_pre_hook(watch(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    try:
-        with torch.no_grad():
-            forward_loop(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as hook, evaluating(model), torch.no_grad():
+        for index, layer in enumerate(architecture.layers(model)):
+            hook.call(layer, partial(_note, batches, index))
+        forward_loop(model)
     if not batches:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
     return batches
+
+
+def _note(
+    batches: list[Batch], index: int, state: Tensor, rest: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    if index == 0:
+        batches.append(Batch(state.detach().clone(), []))
+    uncached = {name: None for name in ("past_key_value", "past_key_values") if name in named}
+    batches[-1].calls.append((rest, named | uncached))
+
+
+class _SeenError(Exception):
+    """Ends a run of a layer where all that is wanted has passed."""
 
 
 class Streams:
@@ -87,31 +86,55 @@ class Streams:
         """``states`` of all batches after layer ``index`` as it stands now."""
         return [self._run(index, number, state) for number, state in enumerate(states)]
 
-    def watched(self, index: int, consumer: nn.Linear) -> "list[tuple[Tensor, Tensor]]":
-        """Of the pruned stream: inputs of ``consumer`` and the layer's output, by batch."""
+    def entering(self, index: int, consumer: nn.Linear) -> list[Tensor]:
+        """Inputs of ``consumer`` by batch, from the pruned stream; what comes behind is not run."""
         seen: list[Tensor] = []
-        handle = consumer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            outputs = self.through(index, self.pruned)
-        finally:
-            handle.remove()
-        return list(zip(seen, outputs, strict=True))
+
+        def observe(state: Tensor) -> None:
+            seen.append(state)
+            raise _SeenError
+
+        with hooks() as hook:
+            hook(consumer, "input", observe)
+            for number, state in enumerate(self.pruned):
+                with suppress(_SeenError):
+                    self._run(index, number, state)
+        return seen
+
+    def advance(self, index: int, adder: nn.Linear) -> list[Tensor]:
+        """Move the pruned stream behind layer ``index``; return the inputs of ``adder``."""
+        seen: list[Tensor] = []
+        with hooks() as hook:
+            hook(adder, "input", seen.append)
+            self.pruned = self.through(index, self.pruned)
+        return seen
+
+    def add(self, inputs: Sequence[Tensor], change_HC: Tensor) -> None:
+        """Add to the pruned stream what a change of the projection that ends a layer makes."""
+        self.pruned = [
+            state + functional.linear(inputs_BLC, change_HC)
+            for state, inputs_BLC in zip(self.pruned, inputs, strict=True)
+        ]
 
     def _run(self, index: int, number: int, state_BLH: Tensor) -> Tensor:
         arguments, named = self._batches[number].calls[index]
-        with torch.no_grad():
+        with evaluating(self._layers[index]), torch.no_grad():
             output = self._layers[index](state_BLH, *arguments, **named)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
 
+def spans(kept_layers: Sequence[int], depth: int) -> list[tuple[int, int]]:
+    """Every kept layer with the next kept one, or the end: what it has to stand for."""
+    return list(zip(kept_layers, [*kept_layers[1:], depth], strict=True))
+
+
 def fold_points(
-    layers: nn.ModuleList, architecture: Architecture, kept_layers: Sequence[int]
+    layers: nn.ModuleList, architecture: Architecture, kept: Sequence[tuple[int, int]]
 ) -> list[nn.Linear]:
-    """Down projections of the kept layers that have dropped ones behind them."""
-    following = [*kept_layers[1:], len(layers)]
+    """Down projections of the layers ``kept``, see ``spans``, that have dropped ones behind."""
     found = []
-    for index, end in zip(kept_layers, following, strict=True):
+    for index, end in kept:
         mlp = architecture.mlp(layers[index])
         if end > index + 1 and mlp is not None and architecture.adds_to_residual():
             found.append(mlp.down)
@@ -123,50 +146,60 @@ def refit_sequentially(
     architecture: Architecture,
     batches: Sequence[Batch],
     keep: Mapping[nn.Linear, Tensor],
-    kept_layers: Sequence[int],
+    kept: Sequence[tuple[int, int]],
     ridges: Sequence[float],
 ) -> dict[nn.Linear, Refit]:
     """Refit the projections in ``keep`` to the inputs that they keep, first layer to last.
 
-    Solutions are written into the model at once, with zeros at the inputs that will be cut.
+    ``kept`` are the layers that stay, see ``spans``. Solutions are written into the model at once,
+    with zeros at the inputs that will be cut.
     """
-    from tqdm import tqdm
-
     layers = architecture.layers(model)
     streams = Streams(layers, batches)
-    for index in range(kept_layers[0]):
+    for index in range(kept[0][0]):
         streams.original = streams.through(index, streams.original)
     refits: dict[nn.Linear, Refit] = {}
-    following = [*kept_layers[1:], len(layers)]
-    pairs = list(zip(kept_layers, following, strict=True))
-    for index, end in tqdm(pairs, desc="refitting", disable=None):
+    for index, end in progress(kept, "refitting"):
         for number in range(index, end):
             streams.original = streams.through(number, streams.original)
         mlp = architecture.mlp(layers[index])
+        adder = mlp.down if mlp is not None and architecture.adds_to_residual() else None
         inside = [each for each in layers[index].modules() if isinstance(each, nn.Linear)]
-        for consumer in (each for each in inside if each in keep):
-            last = mlp is not None and consumer is mlp.down and architecture.adds_to_residual()
-            gram = _moments(streams, index, consumer, with_errors=last)
-            feedbacks = FEEDBACKS if last else (0.0,)
-            found = refit(consumer.weight, gram, keep[consumer], ridges, feedbacks)
-            _write(consumer, found.weight, keep[consumer])
-            refits[consumer] = found
-        streams.pruned = streams.through(index, streams.pruned)
+        for consumer in (each for each in inside if each in keep and each is not adder):
+            gram = _moments(streams, streams.entering(index, consumer), with_errors=False)
+            refits[consumer] = _refit(consumer, gram, keep[consumer], ridges, (0.0,))
+        if adder is not None and adder in keep:
+            inputs = streams.advance(index, adder)
+            gram, before_HC = _moments(streams, inputs, with_errors=True), adder.weight.clone()
+            refits[adder] = _refit(adder, gram, keep[adder], ridges, FEEDBACKS)
+            streams.add(inputs, adder.weight.detach() - before_HC.detach())
+        else:
+            streams.pruned = streams.through(index, streams.pruned)
     return refits
 
 
-def _moments(streams: Streams, index: int, consumer: nn.Linear, *, with_errors: bool) -> Gram:
+def _moments(streams: Streams, inputs: Sequence[Tensor], *, with_errors: bool) -> Gram:
+    """Moments of a projection's inputs and of how far the pruned stream is from the original."""
     gram = Gram()
-    for goal_BLH, (inputs_BLC, output_BLH) in zip(
-        streams.original, streams.watched(index, consumer), strict=True
+    for goal_BLH, pruned_BLH, inputs_BLC in zip(
+        streams.original, streams.pruned, inputs, strict=True
     ):
         norm_BL1 = goal_BLH.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
-        errors = (goal_BLH.float() - output_BLH.float()) / norm_BL1 if with_errors else None
+        errors = (goal_BLH.float() - pruned_BLH.float()) / norm_BL1 if with_errors else None
         gram.add(inputs_BLC.float() / norm_BL1, errors)
     return gram
 
 
-def _write(consumer: nn.Linear, weight_HK: Tensor, keep_K: Tensor) -> None:
+def _refit(
+    consumer: nn.Linear,
+    gram: Gram,
+    keep_K: Tensor,
+    ridges: Sequence[float],
+    feedbacks: Sequence[float],
+) -> Refit:
+    """Solve, and write the solution with zeros at the inputs that will be cut."""
+    found = refit(consumer.weight, gram, keep_K, ridges, feedbacks)
     with torch.no_grad():
         consumer.weight.zero_()
-        consumer.weight[:, keep_K] = weight_HK.to(consumer.weight)
+        consumer.weight[:, keep_K] = found.weight.to(consumer.weight)
+    return found

@@ -28,7 +28,8 @@ def planned_shape(
 
     Raises:
         ConfigError: if the axes contradict each other or the budget.
-        ModelError: if the model has no such size, or one that was asked for is illegal.
+        ModelError: if the model has no such size, one that was asked for is illegal, or the model
+            fits the budget unpruned.
     """
     check_axes(axes, budget)
     target = target or Target()
@@ -36,8 +37,15 @@ def planned_shape(
     for axis in axes:
         result = axis.write(result, _checked(axis, axis.target(shape), shape))
     if budget is not None:
-        (axis,) = (axis for axis in axes if axis.is_open)
-        return _largest(axis, budget.deployed(target), target, shape, result)
+        deployed = budget.deployed(target)
+        deployed.check(shape)
+        opened = [axis for axis in axes if axis.is_open]
+        if len(opened) > 1:
+            raise ConfigError(
+                f"{len(opened)} axes without a size: {', '.join(axis.kind for axis in opened)}",
+                hint="give every axis but one its size; trt-kd prune searches over several",
+            )
+        return _largest(opened[0], deployed, target, shape, result)
     architecture_of(shape.model_type).check_shape(result)
     check(result, target, original=shape)
     return result
@@ -49,7 +57,7 @@ def settled(axes: "Sequence[Axis]", planned: ModelShape) -> "list[Axis]":
 
 
 def check_axes(axes: "Sequence[Axis]", budget: Budget | None) -> None:
-    """Check that the axes differ and that one is open if and only if there is a budget.
+    """Check that the axes differ and that some are open if and only if there is a budget.
 
     Raises:
         ConfigError: if not.
@@ -63,14 +71,41 @@ def check_axes(axes: "Sequence[Axis]", budget: Budget | None) -> None:
             f"axis {opened[0]!r} has no size",
             hint="give it one, or give a budget to have it solved",
         )
-    if budget is not None and len(opened) != 1:
-        found = ", ".join(opened) if opened else "none"
+    if budget is not None and not opened:
         raise ConfigError(
-            f"a budget needs exactly one axis without a size, found {found}",
-            hint="see the choices with trt-kd prune --dry-run, and give every axis but one its size"
-            if opened
-            else "leave out one axis' size, or the budget",
+            "a budget needs an axis without a size, found none",
+            hint="leave out one axis' size, or the budget",
         )
+
+
+def waypoints(axes: "Sequence[Axis]", shape: ModelShape, rounds: int) -> "list[list[Axis]]":
+    """The axes of every one of ``rounds`` cuts; the last one has the sizes of ``axes``.
+
+    Sizes fall by the same factor every time, as far as their grids allow. Layers that are named by
+    number go in the first cut. A cut that changes nothing, or that the family's stock code does
+    not take, is left out.
+    """
+    numbered = [axis for axis in axes if axis.resized(1).target(shape) != 1]
+    others = [axis for axis in axes if axis not in numbered]
+    architecture, before, found = architecture_of(shape.model_type), shape, []
+    for number in range(1, rounds + 1):
+        taking = [_waypoint(axis, shape, number / rounds) for axis in others]
+        taking += numbered if number == 1 else []
+        after = before
+        for axis in taking:
+            after = axis.write(after, axis.target(before))
+        last = number == rounds
+        if last or (after != before and architecture.takes(after)):
+            found.append(taking)
+            before = after
+    return found
+
+
+def _waypoint(axis: "Axis", shape: ModelShape, progress: float) -> "Axis":
+    present, goal = axis.read(shape), axis.target(shape)
+    wanted = present * (goal / present) ** progress
+    sizes = [size for size in axis.legal(shape) if size >= goal]
+    return axis.resized(goal if progress == 1.0 else min(sizes, key=lambda s: abs(s - wanted)))
 
 
 def _checked(axis: "Axis", size: int, shape: ModelShape) -> int:
@@ -90,20 +125,12 @@ def _checked(axis: "Axis", size: int, shape: ModelShape) -> int:
     return size
 
 
-def _accepted(candidate: ModelShape, target: Target, original: ModelShape) -> bool:
-    """Whether the family's stock code and the target take these sizes together."""
-    try:
-        architecture_of(original.model_type).check_shape(candidate)
-    except ModelError:
-        return False
-    return not refused(candidate, target, original=original)
-
-
 def _largest(
     axis: "Axis", budget: Budget, target: Target, shape: ModelShape, fixed: ModelShape
 ) -> ModelShape:
     sizes = [axis.write(fixed, size) for size in axis.legal(shape)]
-    legal = [candidate for candidate in sizes if _accepted(candidate, target, shape)]
+    takes = architecture_of(shape.model_type).takes
+    legal = [one for one in sizes if takes(one) and not refused(one, target, original=shape)]
     fitting = [candidate for candidate in legal if budget.fits(candidate, shape)]
     if fitting:
         return fitting[-1]

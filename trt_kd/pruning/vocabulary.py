@@ -15,10 +15,10 @@ from trt_kd.pruning.base import Place, Unit, WidthAxis
 from trt_kd.pruning.tokenizer import CutRules, remap_config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from trt_kd.architectures.base import Architecture, Slice
+    from trt_kd.architectures.base import Architecture
 
 _BATCH = 256
 
@@ -78,45 +78,23 @@ def retention_order(counts_V: NDArray[np.int64], rules: CutRules) -> NDArray[np.
     return np.array(order, dtype=np.int64)
 
 
-def retention_scores(counts_V: NDArray[np.int64], rules: CutRules) -> NDArray[np.float64]:
-    """Scores ``[V]`` whose K highest are the ids that a vocabulary of K keeps.
-
-    Raises:
-        ModelError: see ``retention_order``.
-    """
-    order = retention_order(counts_V, rules)
-    scores_V = np.empty(len(order))
-    scores_V[order] = np.arange(len(order), 0, -1)
-    return scores_V
-
-
 def kept_tokens(
-    counts_V: NDArray[np.int64],
-    rules: CutRules,
-    *,
-    size: int | None = None,
-    min_count: int = 1,
-    multiple_of: int = 64,
+    counts_V: NDArray[np.int64], rules: CutRules, size: int, *, multiple_of: int = 64
 ) -> NDArray[np.int64]:
-    """Ids to keep, ascending: exactly ``size``, or those that occur ``min_count`` times.
+    """The ``size`` ids to keep, ascending, with everything that must stay and its parts.
 
-    Either way with everything that must stay and that they are merged from. Without ``size`` the
-    next frequent ones fill up to a multiple of ``multiple_of`` as far as there are any.
+    ``multiple_of`` is the grid that sizes come from.
 
     Raises:
         ModelError: if more than ``size`` tokens must stay, or there are not so many.
     """
     order = retention_order(counts_V, rules)
     least = len(_closed(sorted(rules.always), rules.parts, set()))
-    if size is None:
-        wanted = np.flatnonzero(counts_V[order] >= min_count)
-        count = max(least, int(wanted[-1]) + 1 if len(wanted) else 0)
-        size = min(_rounded_up(count, multiple_of), len(order))
     if size < least:
         raise ModelError(
             f"a vocabulary of {size:,} cannot hold the {least:,} tokens that must stay",
             hint="special tokens, bytes and what they are merged from: ask for at least "
-            f"{min(_rounded_up(least, multiple_of), len(order)):,}",
+            f"{min(-(-least // multiple_of) * multiple_of, len(order)):,}",
         )
     if size > len(order):
         raise ModelError(
@@ -126,26 +104,10 @@ def kept_tokens(
     return np.sort(order[:size])
 
 
-def cut_vocabulary(embedding: "nn.Embedding", head: "nn.Linear", keep_K: "Tensor") -> None:
-    """Keep the rows ``keep_K`` (ascending ids) of embedding and head; tied ones stay tied.
-
-    The padding index moves with its row, or is unset if the row goes.
-    """
-    from trt_kd.pruning.slicing import cut
-
-    tied, padding = head.weight is embedding.weight, embedding.padding_idx
-    cut(_slices(embedding, head), keep_K)
-    if tied:
-        head.weight, head.out_features = embedding.weight, embedding.num_embeddings
-    if padding is not None:
-        places = (keep_K == padding).nonzero().flatten().tolist()
-        embedding.padding_idx = places[0] if places else None
-
-
 class VocabAxis(WidthAxis):
     """Keep the tokens that a corpus uses; ids change, so the tokenizer has to be rewritten.
 
-    Its scores are ``retention_scores`` of the corpus, not activations.
+    They are ranked by ``retention_order``, not by activations.
     """
 
     kind: Literal["vocab"] = "vocab"
@@ -153,21 +115,15 @@ class VocabAxis(WidthAxis):
     shape_field: ClassVar[str] = "vocab"
     unit: ClassVar[Unit] = "tokens"
 
-    def kept(self, counts_V: NDArray[np.int64], rules: CutRules) -> NDArray[np.int64]:
-        """Ids to keep, ascending, by ``kept_tokens`` with the settings of the axis."""
-        return kept_tokens(
-            counts_V,
-            rules,
-            size=self.size,
-            multiple_of=self.multiple_of,
-        )
-
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
-        """One: rows of the embedding and, where it is another matrix, of the head."""
-        slices = _slices(architecture.embedding(model), architecture.head(model))
-        return [Place((), tuple(slices))]
+        """One: rows of the embedding and the head."""
+        from trt_kd.architectures.base import Slice, rows
 
-    def cut(
+        embedding, head = architecture.embedding(model), architecture.head(model)
+        count = embedding.num_embeddings
+        return [Place((), (Slice(embedding, "weight", 0, count), *rows(head, count)))]
+
+    def after_cut(
         self,
         model: "PreTrainedModel",
         architecture: "Architecture",
@@ -177,14 +133,12 @@ class VocabAxis(WidthAxis):
         from trt_kd.architectures.base import update
 
         (keep_K,) = keep
-        embedding = architecture.embedding(model)
-        cut_vocabulary(embedding, architecture.head(model), keep_K)
         mapping = {old: new for new, old in enumerate(keep_K.tolist())}
         _remap(model.config, mapping)
         _remap(model.generation_config, mapping)
         for module in (model, model.base_model):
             update(module, "vocab_size", len(mapping))
-            update(module, "padding_idx", embedding.padding_idx)
+            update(module, "padding_idx", architecture.embedding(model).padding_idx)
         architecture.record(model, vocab=len(mapping))
 
 
@@ -195,18 +149,6 @@ def _remap(config: Any, mapping: Mapping[int, int]) -> None:
     for key, value in remap_config(before, mapping).items():
         if value != before[key]:
             setattr(config, key, value)
-
-
-def _slices(embedding: "nn.Embedding", head: "nn.Linear") -> "list[Slice]":
-    from trt_kd.architectures.base import Slice
-
-    rows = embedding.num_embeddings
-    slices = [Slice(embedding, "weight", 0, rows)]
-    if head.weight is not embedding.weight:
-        slices.append(Slice(head, "weight", 0, rows))
-    if head.bias is not None:
-        slices.append(Slice(head, "bias", 0, rows))
-    return slices
 
 
 def _closed(
@@ -232,7 +174,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     iterator = iter(texts)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
-
-
-def _rounded_up(count: int, multiple_of: int) -> int:
-    return -(-count // multiple_of) * multiple_of

@@ -223,6 +223,15 @@ def _kind(artifact: Artifact) -> str:
     return str(artifact.manifest.kind)
 
 
+def pruned_of(sources: Sources) -> Artifact | None:
+    """What the prune stage wrote; the student stands for it where it was not trained."""
+    pruned = sources.roles.get("pruned", {}).get("model")
+    student = sources.roles.get("student", {}).get("model")
+    if pruned is None and student is not None and student.manifest.stage == "prune":
+        return student
+    return pruned
+
+
 def shape_of(model: Artifact) -> ModelShape | None:
     """Shape of a checkpoint, or None where it has no ``config.json``."""
     return read_shape(model.path) if (model.path / "config.json").is_file() else None

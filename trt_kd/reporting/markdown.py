@@ -1,6 +1,6 @@
 """``report.md``: the same report for a repository, a pull request or a terminal."""
 
-from trt_kd.reporting import details, pruning_tables
+from trt_kd.reporting import details, pruning_tables, search_tables
 from trt_kd.reporting.model import Report
 from trt_kd.reporting.page import environment_rows, recipe_text
 from trt_kd.reporting.readings import verdict_sentence
@@ -20,6 +20,7 @@ def report_markdown(report: Report) -> str:
     ]
     parts += [f"## {title}\n\n{markdown(table)}" for title, table in sections if table.rows]
     parts += _cut(report)
+    parts += _search(report)
     sections = [
         ("What each stage cost and gave back", details.stage_costs(report)),
         ("Every workload", details.workloads(report)),
@@ -57,5 +58,24 @@ def _cut(report: Report) -> list[str]:
         "## What was cut\n\n" + markdown(pruning_tables.parts(report, pruning)),
         *([f"{evidence}\n"] if evidence else []),
         *(f"{plain(sentence)}\n" for sentence in pruning.missing),
+        *(f"### {title}\n\n{markdown(table)}" for title, table in tables if table.rows),
+    ]
+
+
+def _search(report: Report) -> list[str]:
+    """How the sizes were chosen, or nothing."""
+    search = report.search
+    if search is None:
+        return []
+    tables = [
+        ("Candidates", search_tables.measured(search)),
+        ("Tournament", search_tables.tournament(search)),
+        ("Against the first choice", search_tables.comparisons(search)),
+        ("The search in numbers", search_tables.facts(search)),
+    ]
+    return [
+        "## How the sizes were chosen\n",
+        *(f"{plain(text)}\n" for text in search_tables.paragraphs(search)),
+        *(f"{plain(sentence)}\n" for sentence in search.missing),
         *(f"### {title}\n\n{markdown(table)}" for title, table in tables if table.rows),
     ]

@@ -5,8 +5,11 @@ docs/report.md documents every field; a test keeps the two together.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from typing_extensions import Self
+
+from trt_kd.reporting.record import Record
+from trt_kd.reporting.search_model import SizeSearch
 
 Role = Literal[
     "teacher", "teacher_quantized", "pruned", "cross_entropy", "student", "student_quantized"
@@ -26,15 +29,7 @@ ROLES: tuple[Role, ...] = (
 Verdict = Literal["pass", "fail", "undecided"]
 
 
-class _Record(BaseModel):
-    """A part of the report: complete, typo-proof, unchangeable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Percentiles(_Record):
+class Percentiles(Record):
     """A distribution over repeats, in milliseconds."""
 
     p50: float
@@ -45,7 +40,7 @@ class Percentiles(_Record):
     """99th percentile."""
 
 
-class SpeedRecord(_Record):
+class SpeedRecord(Record):
     """One workload on one backend."""
 
     backend: str
@@ -78,7 +73,7 @@ class SpeedRecord(_Record):
     """False where the repeats drifted too far apart to be judged; null where not checked."""
 
 
-class TaskScore(_Record):
+class TaskScore(Record):
     """Accuracy on one task."""
 
     accuracy: float
@@ -89,7 +84,7 @@ class TaskScore(_Record):
     """Items."""
 
 
-class Quality(_Record):
+class Quality(Record):
     """Agreement with the teacher and accuracy; null where it was not measured."""
 
     kl_to_teacher_nats: float | None = None
@@ -112,7 +107,7 @@ class Quality(_Record):
     """Accuracy by task."""
 
 
-class Variant(_Record):
+class Variant(Record):
     """One row of the comparison."""
 
     name: str
@@ -143,7 +138,7 @@ class Variant(_Record):
     """Duration of the stages that made the model, what ships and the evaluation."""
 
 
-class ExportRow(_Record):
+class ExportRow(Record):
     """An exported artifact that is not a variant."""
 
     name: str
@@ -162,7 +157,7 @@ class ExportRow(_Record):
     """Its key."""
 
 
-class GateResult(_Record):
+class GateResult(Record):
     """A limit, what was found and the decision."""
 
     name: str
@@ -193,7 +188,7 @@ class GateResult(_Record):
     """Why it is undecided."""
 
 
-class LineageNode(_Record):
+class LineageNode(Record):
     """One artifact behind the report."""
 
     name: str
@@ -208,7 +203,7 @@ class LineageNode(_Record):
     """Key prefixes of its inputs by role."""
 
 
-class PartCount(_Record):
+class PartCount(Record):
     """Parameters of one part of the model."""
 
     name: str
@@ -219,7 +214,7 @@ class PartCount(_Record):
     """Parameters of the part in the model ``after``."""
 
 
-class SizeChange(_Record):
+class SizeChange(Record):
     """One size of the model."""
 
     name: str
@@ -230,8 +225,8 @@ class SizeChange(_Record):
     """Size of the model ``after``."""
 
 
-class Refitted(_Record):
-    """A projection that lost inputs, and what that cost."""
+class Refitted(Record):
+    """A projection that lost inputs or makes up for dropped layers, and what that cost."""
 
     projection: Literal["down", "output"]
     """Down projection of the MLP, or output projection of the attention."""
@@ -243,7 +238,7 @@ class Refitted(_Record):
     """Pull towards the plain cut that did best outside the fit; null where it was not recorded."""
 
 
-class LayerCut(_Record):
+class LayerCut(Record):
     """One layer of the model before the cut."""
 
     layer: int
@@ -256,7 +251,7 @@ class LayerCut(_Record):
     """Its projections that were refit."""
 
 
-class MemoryForecast(_Record):
+class MemoryForecast(Record):
     """Predicted memory of one model in one format; activations and runtime are not counted."""
 
     role: Role
@@ -277,7 +272,7 @@ class MemoryForecast(_Record):
     """The key-value cache."""
 
 
-class Pruning(_Record):
+class Pruning(Record):
     """What was cut."""
 
     before: Role
@@ -300,7 +295,7 @@ class Pruning(_Record):
     """What is left out and why, a sentence each."""
 
 
-class Report(_Record):
+class Report(Record):
     """Everything the page shows."""
 
     schema_version: Literal[1] = 1
@@ -321,6 +316,8 @@ class Report(_Record):
     """Further exported artifacts."""
     pruning: Pruning | None = None
     """What was cut; null where nothing was pruned or the model before is not in the report."""
+    search: SizeSearch | None = None
+    """How the sizes were chosen; null where they were given."""
     gates: list[GateResult] = []
     """The limits of the recipe, in its order."""
     environment: dict[str, Any] = {}

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trt_kd.reporting import details, pruning_tables, tables
+from trt_kd.reporting import details, pruning_tables, search_tables, tables
 from trt_kd.reporting.figures import figures
 from trt_kd.reporting.formatting import bytes_text
 from trt_kd.reporting.model import Report
 from trt_kd.reporting.pruning_figure import layer_figure
 from trt_kd.reporting.readings import headline, verdict_sentence
+from trt_kd.reporting.search_figure import search_figures
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -31,6 +32,7 @@ def page(report: Report) -> str:
         comparison=tables.comparison(report),
         figures=[(drawing.text, Markup(drawing.svg)) for drawing in figures(report)],
         cut=_cut(report),
+        search=_search(report),
         workloads=details.workloads(report),
         costs=details.stage_costs(report),
         exports=details.exports(report),
@@ -55,6 +57,24 @@ def _cut(report: Report) -> dict[str, Any] | None:
         "evidence": pruning_tables.evidence(pruning),
         "missing": pruning.missing,
         "figure": (drawing.text, Markup(drawing.svg)) if drawing else None,
+    }
+
+
+def _search(report: Report) -> dict[str, Any] | None:
+    """Sentences, tables and figures of how the sizes were chosen."""
+    from markupsafe import Markup
+
+    search = report.search
+    if search is None:
+        return None
+    return {
+        "paragraphs": search_tables.paragraphs(search),
+        "facts": search_tables.facts(search),
+        "measured": search_tables.measured(search),
+        "comparisons": search_tables.comparisons(search),
+        "tournament": search_tables.tournament(search),
+        "missing": search.missing,
+        "figures": [(drawing.text, Markup(drawing.svg)) for drawing in search_figures(search)],
     }
 
 

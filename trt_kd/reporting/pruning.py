@@ -8,7 +8,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact
 from trt_kd.pruning.budget import MB, memory_table
 from trt_kd.pruning.catalogue import SIZES, catalogue
-from trt_kd.reporting.collect import Sources, shape_of
+from trt_kd.reporting.collect import Sources, pruned_of, shape_of
 from trt_kd.reporting.model import (
     LayerCut,
     MemoryForecast,
@@ -21,8 +21,8 @@ from trt_kd.reporting.model import (
 )
 
 Projection = Literal["down", "output"]
-PROJECTIONS: dict[str, Projection] = {"ffn": "down", "heads": "output", "kv_heads": "output"}
-"""What is refit after a cut along an axis."""
+PROJECTIONS: dict[str, Projection] = {"down_proj": "down", "o_proj": "output"}
+"""What is refit, by its name in the record."""
 UNTIMED = {2048: [1, 8, 64]}
 """Batch sizes by tokens where no benchmark names any."""
 
@@ -32,7 +32,7 @@ def pruning_of(sources: Sources, rows: Sequence[Variant]) -> Pruning | None:
 
     Metrics that the pruned artifact lacks, or that do not fit its shape, are left out and named.
     """
-    teacher, cut = sources.roles.get("teacher"), _cut(sources)
+    teacher, cut = sources.roles.get("teacher"), pruned_of(sources)
     if teacher is None or cut is None:
         return None
     before, after = shape_of(teacher["model"]), shape_of(cut)
@@ -57,14 +57,6 @@ def pruning_of(sources: Sources, rows: Sequence[Variant]) -> Pruning | None:
         importance_pass_s=_number(cut.metrics.get("importance_pass_s")),
         missing=missing,
     )
-
-
-def _cut(sources: Sources) -> Artifact | None:
-    pruned = sources.roles.get("pruned", {}).get("model")
-    student = sources.roles.get("student", {}).get("model")
-    if pruned is None and student is not None and student.manifest.stage == "prune":
-        return student
-    return pruned
 
 
 def _workloads(rows: Sequence[Variant]) -> dict[int, list[int]]:
@@ -164,72 +156,54 @@ def _kept(
 def _refits(
     cut: Artifact, before: ModelShape, after: ModelShape, missing: list[str]
 ) -> dict[int, list[Refitted]]:
-    """Refitted projections by layer, told apart by the order that the prune stage keeps."""
-    config = cut.manifest.config
-    narrowed = _narrowed(config.get("axes"), before, after)
-    if not narrowed:
-        return {}
-    if "reconstruct" in config and config["reconstruct"] is None:
-        missing.append("No projection was refit: reconstruct was off.")
-        return {}
-    if before.expert_layers and before.dense_layers and "down" in narrowed:
-        missing.append("Layers with and without experts are mixed: refits are left out.")
-        return {}
-    places = [(kind, layer) for kind in narrowed for layer in range(before.layers)]
-    count = len(places)
-    plain = _numbers(cut, "plain_residual", count, "Energy lost by the plain cut", missing)
-    refit = _numbers(cut, "reconstruction_residual", count, "Energy lost after the refit", missing)
-    if plain is None and refit is None:
-        return {}
-    ridges = _ridges(cut, count, missing)
-    found: dict[int, list[Refitted]] = {}
-    for place, (kind, layer) in enumerate(places):
-        found.setdefault(layer, []).append(
-            Refitted(
-                projection=kind,
-                plain_energy_lost=plain[place] if plain else None,
-                refit_energy_lost=refit[place] if refit else None,
-                ridge=ridges[place],
+    """Refitted projections by layer before the cut."""
+    recorded, config = cut.metrics.get("refits"), cut.manifest.config
+    if recorded is None:
+        if any(getattr(after, name) < getattr(before, name) for name in ("ffn", "heads")):
+            off = "reconstruct" in config and config["reconstruct"] is None
+            missing.append(
+                "No projection was refit: reconstruct was off."
+                if off
+                else "What was lost before and after the refit was not recorded."
             )
-        )
+        return {}
+    found: dict[int, list[Refitted]] = {}
+    for entry in recorded if isinstance(recorded, list) else [recorded]:
+        layer, refitted = _refitted(entry)
+        if refitted is None or not 0 <= layer < before.layers:
+            missing.append(
+                "What was lost before and after the refit is left out: an entry of refits is not "
+                "one of this model."
+            )
+            return {}
+        found.setdefault(layer, []).append(refitted)
     return found
 
 
-def _narrowed(axes: Any, before: ModelShape, after: ModelShape) -> list[Projection]:
-    """Kinds of projections that lost inputs, in the order of the axes."""
-    cut = {
-        "ffn": after.ffn < before.ffn,
-        "heads": after.heads // after.kv_heads < before.heads // before.kv_heads,
-        "kv_heads": after.kv_heads < before.kv_heads,
-    }
-    entries = axes if isinstance(axes, list) else []
-    order = [str(entry.get("kind")) for entry in entries if isinstance(entry, dict)] or list(cut)
-    return list(dict.fromkeys(PROJECTIONS[kind] for kind in order if cut.get(kind)))
-
-
-def _ridges(
-    cut: Artifact, count: int, missing: list[str]
-) -> Sequence[float | Literal["plain cut"] | None]:
-    name = "reconstruction_ridge"
-    value = cut.metrics.get(name)
+def _refitted(entry: Any) -> tuple[int, Refitted | None]:
+    """Layer and refit of one entry of the record; None where it is damaged."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("layer"), int):
+        return 0, None
+    plain, refit = _number(entry.get("plain_residual")), _number(entry.get("residual"))
     # The record has null where the plain cut did best.
-    known = [0.0 if each is None else each for each in value] if isinstance(value, list) else value
-    found = _checked(known, name, count, "The ridge of every refit", missing)
-    if found is None or not isinstance(value, list):
-        return [None] * count
-    return ["plain cut" if each is None else float(each) for each in value]
+    best = entry.get("ridge", "")
+    ridge = "plain cut" if best is None else _number(best)
+    projection = PROJECTIONS.get(str(entry.get("projection")))
+    if projection is None or plain is None or refit is None or ridge is None:
+        return 0, None
+    return entry["layer"], Refitted(
+        projection=projection,
+        plain_energy_lost=plain,
+        refit_energy_lost=refit,
+        ridge=ridge,
+    )
 
 
 def _numbers(
     cut: Artifact, name: str, count: int, what: str, missing: list[str]
 ) -> list[float] | None:
-    return _checked(cut.metrics.get(name), name, count, what, missing)
-
-
-def _checked(
-    value: Any, name: str, count: int, what: str, missing: list[str]
-) -> list[float] | None:
-    """``value`` as ``count`` finite numbers; else None, and ``missing`` says why."""
+    """A metric as ``count`` finite numbers; else None, and ``missing`` says why."""
+    value = cut.metrics.get(name)
     if value is None:
         missing.append(f"{what} was not recorded.")
         return None

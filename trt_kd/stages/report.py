@@ -93,6 +93,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
     """
     from trt_kd.reporting import collect
     from trt_kd.reporting.pruning import pruning_of
+    from trt_kd.reporting.search import search_of
     from trt_kd.reporting.verdicts import decide, overall
 
     sources = collect.sort_inputs(inputs)
@@ -106,6 +107,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
         variants=rows,
         exports=collect.export_rows(sources),
         pruning=pruning_of(sources, rows),
+        search=search_of(sources),
         environment=collect.environment_of(sources),
         recipe=config.recipe,
         lineage=collect.lineage(inputs),
