@@ -3,7 +3,7 @@
     python benchmarks/search_quality.py [--teacher CHECKPOINT] [--shares 0.803 0.70]
 
 Scores the teacher once, searches ffn, heads, kv_heads and depth under every share of the
-parameters, and cuts every single axis that reaches the share to the same size. Perplexity is that
+parameters, and cuts every single axis that can reach the share. Perplexity is that
 of held-out docstrings of Python's standard library; no calibration text is among them. Without
 --teacher the quickstart's is imported. What is finished in the work folder is not made again.
 Under the first share the candidates also meet in a tournament: its winner is what is measured.
@@ -20,11 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, work_key
 from trt_kd.artifacts.environment import environment
 from trt_kd.config import StageConfig
 from trt_kd.errors import ArtifactError, ModelError, TrtKdError
 from trt_kd.pipeline.recipe import load_recipe
+from trt_kd.pruning.search import Search
+from trt_kd.pruning.sizes import settled
 from trt_kd.stages.import_model import import_model
 from trt_kd.stages.prune import PruneConfig, prune
 from trt_kd.stages.score import score, scoring_of
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibration-tokens", type=int, default=24_576)
     parser.add_argument("--heldout-blocks", type=int, default=48)
     parser.add_argument("--top-k", type=int, default=3)
-    parser.add_argument("--tournament-steps", type=int, default=10)
+    parser.add_argument("--tournament-steps", type=int, default=20)
     given = parser.parse_args(arguments)
     try:
         result = compare(given)
@@ -103,13 +106,16 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         }
         return ratio
 
+    shape = read_shape(teacher.path)
     for share, config in configs.items():
-        result["ratio_at"][share] = measured(f"searched-{share}", config, scores=scores)
+        found = result["ratio_at"][share] = measured(f"searched-{share}", config, scores=scores)
+        searched = read_shape(given.work / f"searched-{share}")
         result["single_axis"][share] = {
-            kind: measured(f"{kind}-{share}", single)
-            for kind, single in single_axes(config, teacher).items()
+            # What was searched may be a single axis: then it is the same cut.
+            kind: found if alone.planned(shape) == searched else measured(f"{kind}-{share}", alone)
+            for kind, alone in single_axes(config, shape).items()
         }
-        plain = plain_cut(config, Artifact.open(given.work / f"searched-{share}"))
+        plain = plain_cut(config, searched)
         result["without_reconstruction"][share] = measured(f"plain-{share}", plain)
     return result
 
@@ -140,30 +146,27 @@ def made(
     return artifact
 
 
-def single_axes(config: PruneConfig, teacher: Artifact) -> dict[str, PruneConfig]:
-    """The same budget with one axis open alone, where that axis reaches it."""
-    from trt_kd.architectures.shape import read_shape
-
-    shape = read_shape(teacher.path)
+def single_axes(config: PruneConfig, shape: ModelShape) -> dict[str, PruneConfig]:
+    """One axis open alone, where it reaches the budget within the search's limits."""
+    limits = config.searching or Search()
     found = {}
     for axis in config.axes:
         alone = config.model_copy(update={"axes": [axis], "search": None})
         try:
-            alone.planned(shape)
+            planned = alone.planned(shape)
         except ModelError:
             continue
-        found[axis.kind] = alone
+        limit = limits.max_depth_pruning if axis.unit == "layers" else limits.max_width_pruning
+        if 1.0 - axis.read(planned) / axis.read(shape) <= limit:
+            found[axis.kind] = alone
     return found
 
 
-def plain_cut(config: PruneConfig, searched: Artifact) -> PruneConfig:
+def plain_cut(config: PruneConfig, searched: ModelShape) -> PruneConfig:
     """The searched sizes without a refit."""
-    from trt_kd.architectures.shape import read_shape
-    from trt_kd.pruning.sizes import settled
-
     return config.model_copy(
         update={
-            "axes": settled(config.axes, read_shape(searched.path)),
+            "axes": settled(config.axes, searched),
             "budget": None,
             "search": None,
             "reconstruct": None,

@@ -27,13 +27,13 @@ class Tournament(StrictModel):
 
     contestants: int = Field(default=4, ge=2)
     """Candidates of the first round, the best measured ones; fewer if the search keeps fewer."""
-    steps: PositiveInt = 10
+    steps: PositiveInt = 20
     """Optimizer steps of the first round; every later round has half the contestants and twice the
     steps, which go on from the round before."""
     batch_size: PositiveInt = 4
     """Sequences of one step."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak of every round's cosine."""
+    """Peak of every round's cosine, reached after a fifth of the steps."""
     top_k: PositiveInt = 64
     """Likeliest tokens of which the teacher's log-probabilities are kept; the rest as one sum."""
 

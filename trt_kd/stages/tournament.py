@@ -4,6 +4,7 @@ Minitron (arXiv:2407.14679) ranks candidates after a short retraining, since the
 untrained ones changes with it. Contestants that stay go on from where the round before left them.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -90,6 +91,7 @@ def _schedule(trial: Trial, tournament: Tournament, steps: int) -> DistillConfig
         steps=steps,
         batch_size=tournament.batch_size,
         learning_rate=tournament.learning_rate,
+        warmup_steps=steps // 5,
         checkpoint_every_steps=steps,
         teacher=CachedTeacher(k=tournament.top_k),
         data=trial.config.data,
@@ -109,11 +111,12 @@ def _train(
     import torch
 
     def make(folder: Path) -> dict[str, Any]:
-        model = load_model(start, dtype="float32")
-        train_student(config, model, blocks, cache, folder.with_name(f"{folder.name}.training"))
+        model, work = load_model(start, dtype="float32"), target.with_name(f"{target.name}.work")
+        train_student(config, model, blocks, cache, work)
         divergence_B = trial.reference.divergence(model)
         model.to(getattr(torch, stored_dtype(start)))
         save_model(model, folder, tokenizer_from=start)
+        shutil.rmtree(work)
         return {"divergence_nats": divergence_B.tolist()}
 
     return np.array(piece(target, make)["divergence_nats"])
