@@ -32,7 +32,7 @@ class Tournament(StrictModel):
     steps, which go on from the round before."""
     batch_size: PositiveInt = 4
     """Sequences of one step."""
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak of every round's cosine, reached after a fifth of the steps."""
     top_k: PositiveInt = 64
     """Likeliest tokens of which the teacher's log-probabilities are kept; the rest as one sum."""
