@@ -182,10 +182,10 @@ def _finish(
     sync_tree(draft.path)
     target = draft.path / MANIFEST
     target.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _sync(target)
-    _sync(draft.path)
+    sync(target)
+    sync(draft.path)
     draft.path.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
 
 
 def _require_finite(value: object, out: Path, name: str = "") -> None:
@@ -226,11 +226,11 @@ def _files(root: Path) -> list[str]:
 def sync_tree(root: Path) -> None:
     """Bring every file and folder below ``root`` to disk."""
     for path in sorted(root.rglob("*")):
-        _sync(path)
-    _sync(root)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring one file, or the names in one folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trt_kd.artifacts.artifact import sync_tree
+from trt_kd.artifacts.artifact import sync, sync_tree
 
 RESULT = "result.json"
 _KEY = "work_key"
@@ -43,6 +43,7 @@ def piece(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         value = make(draft)
         (draft / RESULT).write_text(json.dumps(value), encoding="utf-8")
         sync_tree(draft)
+        sync(draft)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
