@@ -153,3 +153,21 @@ def test_a_refit_holds_no_more_than_was_planned(outputs, inputs, with_errors, ke
     planned = Reconstruct().memory_bytes([inputs]) - gram_bytes(inputs)
     held = most_allocated(call, tmp_path / "trace.json")
     assert 0.2 * planned < held <= planned
+
+
+@pytest.mark.parametrize(("accumulation", "precise"), [("float32", False), ("float64", True)])
+def test_sums_over_tokens_are_taken_in_the_precision_asked_for(accumulation, precise):
+    states_BLC = 1e3 + torch.rand(6, 50, 8, generator=torch.Generator().manual_seed(0))
+    gram = Reconstruct(accumulation=accumulation).gram()
+    gram.add(states_BLC)
+    rows_TC = states_BLC.flatten(0, 1).double()
+    found, expected = gram.sum.gram.double(), rows_TC.T @ rows_TC
+    assert torch.allclose(found, expected, rtol=1e-13) == precise
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+    assert gram.sum.gram.dtype == getattr(torch, accumulation)
+
+
+def test_sums_in_float64_count_twice_in_the_plan():
+    single, double = (Reconstruct(accumulation=name) for name in ("float32", "float64"))
+    gram_bytes_more = double.memory_bytes([1024]) - single.memory_bytes([1024])
+    assert gram_bytes_more == 3 * gram_bytes(1024)

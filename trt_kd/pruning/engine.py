@@ -27,7 +27,7 @@ from trt_kd.pruning.reconstruction import (
 )
 from trt_kd.pruning.ridge import PLAIN, Gram, Refit
 from trt_kd.pruning.scores import Scores
-from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_gram
+from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_grams
 from trt_kd.pruning.sequential import capture, fold_points, refit_sequentially, spans
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,12 @@ class _Subject:
         """Gram matrices of ``group``, in a pass that ends with the layer of its last one."""
         layers = self.architecture.layers(self.model)
         with first_layers(layers, 1 + self.layers[group[-1]]):
-            return record_gram(self.model, self.forward_loop, group)
+            return record_grams(self.model, self.forward_loop, self.empty(group))
+
+    def empty(self, group: Sequence[nn.Linear]) -> dict[nn.Linear, Gram]:
+        """Gram matrices of ``group`` that have seen nothing."""
+        reconstruct = self.request.reconstruct
+        return {consumer: reconstruct.gram() for consumer in group} if reconstruct else {}
 
 
 def score(
@@ -162,7 +167,7 @@ def _score(subject: _Subject, known: Scores | None = None) -> Recording:
         subject.forward_loop,
         channels={kind: (request.importance, found) for kind, found in scored.items()},
         layers=layers[0] if layers else None,
-        consumers=subject.first,
+        grams=subject.empty(subject.first),
     )
 
 
@@ -231,7 +236,7 @@ def _refit_sequentially(
     folds = fold_points(layers, architecture, kept)
     wanted = {fold: torch.arange(fold.in_features) for fold in folds} | inputs
     batches = capture(model, architecture, subject.forward_loop)
-    refits = refit_sequentially(model, architecture, batches, wanted, kept, reconstruct.ridges)
+    refits = refit_sequentially(model, architecture, batches, wanted, kept, reconstruct)
     return _measured(subject, refits)
 
 

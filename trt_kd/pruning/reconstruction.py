@@ -33,6 +33,8 @@ class Reconstruct(StrictModel):
 
     ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Pulls towards the plain cut to choose from, as shares of the mean squared activation."""
+    accumulation: Literal["float32", "float64"] = "float32"
+    """Precision of the sums over tokens; float64 takes twice the memory and most of the time."""
     memory_gib: PositiveFloat = 1.0
     """Limit for the Gram matrices held at once; more than fit cost more forward passes."""
 
@@ -44,11 +46,11 @@ class Reconstruct(StrictModel):
         groups: list[list[int]] = [[]]
         held = 0
         for number in reversed(range(len(widths))):
-            if groups[-1] and held + gram_bytes(widths[number]) > self.memory_gib * 2**30:
+            if groups[-1] and held + self._bytes(widths[number]) > self.memory_gib * 2**30:
                 groups.append([])
                 held = 0
             groups[-1].insert(0, number)
-            held += gram_bytes(widths[number])
+            held += self._bytes(widths[number])
         return groups
 
     def grouped(self, consumers: "Sequence[nn.Linear]") -> "list[list[nn.Linear]]":
@@ -64,9 +66,20 @@ class Reconstruct(StrictModel):
         if not widths:
             return 0
         held = [
-            sum(gram_bytes(widths[number]) for number in group) for group in self.groups(widths)
+            sum(self._bytes(widths[number]) for number in group) for group in self.groups(widths)
         ]
-        return max(held) + 2 * gram_bytes(max(widths)) + 10 * 8 * ROWS * max(widths)
+        return max(held) + 2 * self._bytes(max(widths)) + 10 * 8 * ROWS * max(widths)
+
+    def gram(self) -> "Gram":
+        """Gram matrices that have seen nothing, in the precision asked for."""
+        import torch
+
+        from trt_kd.pruning.ridge import Gram
+
+        return Gram(getattr(torch, self.accumulation))
+
+    def _bytes(self, width: int) -> int:
+        return gram_bytes(width) * (2 if self.accumulation == "float64" else 1)
 
 
 def gram_bytes(width: int) -> int:

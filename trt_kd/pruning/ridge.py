@@ -49,10 +49,11 @@ class Moments:
 
 
 class Gram:
-    """Moments in float32 of what passes a module, of two halves of the sequences."""
+    """Moments of what passes a module, of two halves of the sequences."""
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Start with nothing seen; sums are taken in ``dtype``."""
+        self._dtype = dtype
         self._halves: list[Moments | None] = [None, None]
         self._sequences = 0
 
@@ -61,7 +62,8 @@ class Gram:
         for half in (0, 1):
             first = (half + self._sequences) % 2
             errors = None if errors_BLH is None else errors_BLH[first::2]
-            self._halves[half] = _added(self._halves[half], states_BLC[first::2], errors)
+            states = states_BLC[first::2].to(self._dtype)
+            self._halves[half] = _added(self._halves[half], states, errors)
         self._sequences += len(states_BLC)
 
     @property
@@ -91,8 +93,8 @@ def _added(
 ) -> Moments | None:
     if not len(states_BLC):
         return moments
-    states_TC = states_BLC.flatten(0, 1).float()
-    errors_TH = None if errors_BLH is None else errors_BLH.flatten(0, 1).float()
+    states_TC = states_BLC.flatten(0, 1)
+    errors_TH = None if errors_BLH is None else errors_BLH.flatten(0, 1).to(states_TC)
     if moments is None:
         channels = states_TC.shape[1]
         moments = Moments(states_TC.new_zeros(channels, channels))
@@ -209,7 +211,7 @@ def _mixtures(outputs: int) -> Callable[[Tensor], Tensor]:
 
 
 class _Inputs:
-    """The Gram matrix of some lots of tokens, parted into kept and cut inputs; in float32."""
+    """The Gram matrix of some lots of tokens, parted into kept and cut inputs."""
 
     def __init__(self, lots: Sequence[Moments], keep_K: Tensor) -> None:
         self.mean = sum(float(lot.gram.diagonal().double().mean()) for lot in lots)

@@ -38,12 +38,12 @@ def record(
     *,
     channels: Channels,
     layers: Layers | None,
-    consumers: Sequence[nn.Linear],
+    grams: Mapping[nn.Linear, Gram],
 ) -> Recording:
     """Run ``forward_loop`` once and return what all axes need, summed batch by batch.
 
-    ``channels`` names importance and places by kind of axis; of ``consumers`` the Gram matrices
-    of the inputs are kept, two of ``4 * C * C`` bytes each.
+    ``channels`` names importance and places by kind of axis; ``grams`` are filled
+    with what enters their projections.
 
     Raises:
         ModelError: if an activation is not finite, or nothing was run.
@@ -57,7 +57,7 @@ def record(
             if importance.evidence == "states":
                 _record_channels(importance, places, totals, hook)
         residual.watch(_residual_readers(model, architecture), hook)
-        _record_gram(recording, consumers, hook)
+        _record_grams(recording, grams, hook)
         _forward(model, forward_loop)
     if residual.tokens == 0:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
@@ -71,13 +71,13 @@ def record(
     return recording
 
 
-def record_gram(
-    model: PreTrainedModel, forward_loop: ForwardLoop, consumers: Sequence[nn.Linear]
+def record_grams(
+    model: PreTrainedModel, forward_loop: ForwardLoop, grams: Mapping[nn.Linear, Gram]
 ) -> dict[nn.Module, Gram]:
-    """Gram matrices of the inputs of ``consumers``, in one more pass."""
+    """Fill ``grams`` with what enters their projections, in one more pass."""
     recording = Recording()
     with hooks() as hook:
-        _record_gram(recording, consumers, hook)
+        _record_grams(recording, grams, hook)
         _forward(model, forward_loop)
     _check_finite(recording)
     return recording.gram
@@ -169,9 +169,9 @@ class _Residual:
         totals[first] = importance.combined(totals[first], importance.contribution(before, after))
 
 
-def _record_gram(recording: Recording, consumers: Sequence[nn.Linear], hook: Hook) -> None:
-    for consumer in consumers:
-        gram = recording.gram[consumer] = Gram()
+def _record_grams(recording: Recording, grams: Mapping[nn.Linear, Gram], hook: Hook) -> None:
+    for consumer, gram in grams.items():
+        recording.gram[consumer] = gram
         hook(consumer, "input", partial(_add_gram, gram))
 
 

@@ -26,6 +26,7 @@ from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import progress
 from trt_kd.pruning.hooks import evaluating, hooks
+from trt_kd.pruning.reconstruction import Reconstruct
 from trt_kd.pruning.ridge import Gram, Refit, refit
 
 FEEDBACKS = (0.0, 0.3, 1.0)
@@ -147,7 +148,7 @@ def refit_sequentially(
     batches: Sequence[Batch],
     keep: Mapping[nn.Linear, Tensor],
     kept: Sequence[tuple[int, int]],
-    ridges: Sequence[float],
+    reconstruct: Reconstruct,
 ) -> dict[nn.Linear, Refit]:
     """Refit the projections in ``keep`` to the inputs that they keep, first layer to last.
 
@@ -166,28 +167,28 @@ def refit_sequentially(
         adder = mlp.down if mlp is not None and architecture.adds_to_residual() else None
         inside = [each for each in layers[index].modules() if isinstance(each, nn.Linear)]
         for consumer in (each for each in inside if each in keep and each is not adder):
-            gram = _moments(streams, streams.entering(index, consumer), with_errors=False)
-            refits[consumer] = _refit(consumer, gram, keep[consumer], ridges, (0.0,))
+            gram = reconstruct.gram()
+            _observe(gram, streams, streams.entering(index, consumer), with_errors=False)
+            refits[consumer] = _refit(consumer, gram, keep[consumer], reconstruct.ridges, (0.0,))
         if adder is not None and adder in keep:
             inputs = streams.advance(index, adder)
-            gram, before_HC = _moments(streams, inputs, with_errors=True), adder.weight.clone()
-            refits[adder] = _refit(adder, gram, keep[adder], ridges, FEEDBACKS)
+            gram, before_HC = reconstruct.gram(), adder.weight.clone()
+            _observe(gram, streams, inputs, with_errors=True)
+            refits[adder] = _refit(adder, gram, keep[adder], reconstruct.ridges, FEEDBACKS)
             streams.add(inputs, adder.weight.detach() - before_HC.detach())
         else:
             streams.pruned = streams.through(index, streams.pruned)
     return refits
 
 
-def _moments(streams: Streams, inputs: Sequence[Tensor], *, with_errors: bool) -> Gram:
-    """Moments of a projection's inputs and of how far the pruned stream is from the original."""
-    gram = Gram()
+def _observe(gram: Gram, streams: Streams, inputs: Sequence[Tensor], *, with_errors: bool) -> None:
+    """Show ``gram`` a projection's inputs, and the pruned stream's distance from the original."""
     for goal_BLH, pruned_BLH, inputs_BLC in zip(
         streams.original, streams.pruned, inputs, strict=True
     ):
         norm_BL1 = goal_BLH.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
         errors = (goal_BLH.float() - pruned_BLH.float()) / norm_BL1 if with_errors else None
         gram.add(inputs_BLC.float() / norm_BL1, errors)
-    return gram
 
 
 def _refit(
