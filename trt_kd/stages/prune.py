@@ -38,6 +38,7 @@ class PruneConfig(StageConfig):
     """What to cut and on how much evidence."""
 
     stage: ClassVar[str] = "prune"
+    version: ClassVar[int] = 2
 
     axes: Annotated[
         list[Annotated[SerializeAsAny[Axis], BeforeValidator(partial(build_plugin, AXES))]],
