@@ -3,17 +3,14 @@
 Source: Wu et al. 2024, AKL (arXiv:2404.02657); the temperature is not in the paper.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class AdaptiveKL(KDLoss):
+class AdaptiveKL(ClosedForm):
     r"""Forward and reverse KL, mixed for each token by where teacher p and student q differ.
 
     :math:`\tau^2 \sum_t w_t D_{KL}(p_t \| q_t) + (1 - w_t) D_{KL}(q_t \| p_t)`. The weight
@@ -31,30 +28,9 @@ class AdaptiveKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.divergences import adaptive_kl
+        from trt_kd.losses.divergences import adaptive_kl, adaptive_kl_gradient
 
-        return adaptive_kl(
-            student_TV, teacher_TV, mask_T, head=self.head, temperature=self.temperature
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.divergences import adaptive_kl_gradient
-
-        return adaptive_kl_gradient(
-            student_TV, teacher_TV, mask_T, head=self.head, temperature=self.temperature
-        )
+        options = {"head": self.head, "temperature": self.temperature}
+        return Form(adaptive_kl, adaptive_kl_gradient, options)

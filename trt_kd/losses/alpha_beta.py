@@ -4,17 +4,14 @@ Sources: Cichocki, Cruces and Amari 2011 (doi:10.3390/e13010134) for the diverge
 2025, ABKD (arXiv:2505.04560) for distillation. Teacher p, student q.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class AlphaBeta(KDLoss):
+class AlphaBeta(ClosedForm):
     r"""Two exponents between forward KL (1, 0) and reverse KL (0, 1).
 
     :math:`\frac{\tau^2}{\alpha \beta} \sum_t \sum_v \frac{\alpha}{\alpha + \beta} p^{\alpha +
@@ -32,38 +29,9 @@ class AlphaBeta(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.divergences import alpha_beta
+        from trt_kd.losses.divergences import alpha_beta, alpha_beta_gradient
 
-        return alpha_beta(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            exponents=(self.alpha, self.beta),
-            temperature=self.temperature,
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.divergences import alpha_beta_gradient
-
-        return alpha_beta_gradient(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            exponents=(self.alpha, self.beta),
-            temperature=self.temperature,
-        )
+        options = {"exponents": (self.alpha, self.beta), "temperature": self.temperature}
+        return Form(alpha_beta, alpha_beta_gradient, options)

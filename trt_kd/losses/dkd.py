@@ -3,17 +3,14 @@
 Source: Zhao et al. 2022, DKD (arXiv:2203.08679).
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class DecoupledKD(KDLoss):
+class DecoupledKD(ClosedForm):
     r"""Forward KL in two parts: the true next token against all others, and the others.
 
     :math:`\tau^2 \sum_t \alpha D_{KL}(b(p_t) \| b(q_t)) + \beta D_{KL}(\hat p_t \| \hat q_t)` with
@@ -33,42 +30,9 @@ class DecoupledKD(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.labelled import decoupled_kl, true_tokens
+        from trt_kd.losses.labelled import decoupled_kl, decoupled_kl_gradient
 
-        labels_T = true_tokens(labels_T, self.kind)
-        return decoupled_kl(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            labels_T,
-            weights=(self.alpha, self.beta),
-            temperature=self.temperature,
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.labelled import decoupled_kl_gradient, true_tokens
-
-        labels_T = true_tokens(labels_T, self.kind)
-        return decoupled_kl_gradient(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            labels_T,
-            weights=(self.alpha, self.beta),
-            temperature=self.temperature,
-        )
+        options = {"weights": (self.alpha, self.beta), "temperature": self.temperature}
+        return Form(decoupled_kl, decoupled_kl_gradient, options)

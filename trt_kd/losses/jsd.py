@@ -3,17 +3,14 @@
 Source: Agarwal et al. 2024, GKD (arXiv:2306.13649), equation 1; teacher P, student Q.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class JensenShannon(KDLoss):
+class JensenShannon(ClosedForm):
     r"""Bounded loss between forward (beta to 0) and reverse (beta to 1) KL.
 
     :math:`\tau^2 \sum_t \beta D_{KL}(p_t \| m_t) + (1 - \beta) D_{KL}(q_t \| m_t)` with
@@ -30,30 +27,9 @@ class JensenShannon(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.maths import jensen_shannon
+        from trt_kd.losses.maths import jensen_shannon, jensen_shannon_gradient
 
-        return jensen_shannon(
-            student_TV, teacher_TV, mask_T, beta=self.beta, temperature=self.temperature
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.maths import jensen_shannon_gradient
-
-        return jensen_shannon_gradient(
-            student_TV, teacher_TV, mask_T, beta=self.beta, temperature=self.temperature
-        )
+        options = {"beta": self.beta, "temperature": self.temperature}
+        return Form(jensen_shannon, jensen_shannon_gradient, options)

@@ -5,17 +5,14 @@ Gu et al. 2024, MiniLLM (arXiv:2306.08543) for the reverse direction; Jeffreys 1
 (doi:10.1098/rspa.1946.0056) for the sum of both, of which the mean is half.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class ForwardKL(KDLoss):
+class ForwardKL(ClosedForm):
     r"""Mode-covering loss :math:`\tau^2 \sum_t D_{KL}(p_t \| q_t)`, teacher p, student q."""
 
     f_divergence: ClassVar[bool] = True
@@ -25,32 +22,15 @@ class ForwardKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.maths import forward_kl
+        from trt_kd.losses.maths import forward_kl, forward_kl_gradient
 
-        return forward_kl(student_TV, teacher_TV, mask_T, self.temperature)
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.maths import forward_kl_gradient
-
-        return forward_kl_gradient(student_TV, teacher_TV, mask_T, self.temperature)
+        options = {"temperature": self.temperature}
+        return Form(forward_kl, forward_kl_gradient, options)
 
 
-class ReverseKL(KDLoss):
+class ReverseKL(ClosedForm):
     r"""Mode-seeking loss :math:`\tau^2 \sum_t D_{KL}(q_t \| p_t)`, teacher p, student q."""
 
     f_divergence: ClassVar[bool] = True
@@ -60,32 +40,15 @@ class ReverseKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.maths import reverse_kl
+        from trt_kd.losses.maths import reverse_kl, reverse_kl_gradient
 
-        return reverse_kl(student_TV, teacher_TV, mask_T, self.temperature)
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.maths import reverse_kl_gradient
-
-        return reverse_kl_gradient(student_TV, teacher_TV, mask_T, self.temperature)
+        options = {"temperature": self.temperature}
+        return Form(reverse_kl, reverse_kl_gradient, options)
 
 
-class SymmetricKL(KDLoss):
+class SymmetricKL(ClosedForm):
     r"""Mean of forward and reverse KL, half of Jeffreys' divergence.
 
     :math:`\frac{\tau^2}{2} \sum_t D_{KL}(p_t \| q_t) + D_{KL}(q_t \| p_t)`, teacher p, student q.
@@ -99,26 +62,9 @@ class SymmetricKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.maths import symmetric_kl
+        from trt_kd.losses.maths import symmetric_kl, symmetric_kl_gradient
 
-        return symmetric_kl(student_TV, teacher_TV, mask_T, self.temperature)
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.maths import symmetric_kl_gradient
-
-        return symmetric_kl_gradient(student_TV, teacher_TV, mask_T, self.temperature)
+        options = {"temperature": self.temperature}
+        return Form(symmetric_kl, symmetric_kl_gradient, options)

@@ -3,17 +3,14 @@
 Source: Belcak et al. 2025, MFT (arXiv:2506.15702); ModelOpt's ``MFTLoss`` is the same loss.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class Minifinetuning(KDLoss):
+class Minifinetuning(ClosedForm):
     r"""Forward KL to a teacher that is corrected where it is wrong about the true next token.
 
     :math:`\tau^2 \sum_t D_{KL}(p^*_t \| q_t)`: :math:`p^*` mixes so much of the label into the
@@ -32,45 +29,12 @@ class Minifinetuning(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.labelled import minifinetuning, true_tokens
+        from trt_kd.losses.labelled import minifinetuning, minifinetuning_gradient
 
-        labels_T = true_tokens(labels_T, self.kind)
-        return minifinetuning(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            labels_T,
-            threshold=self.threshold,
-            temperature=self.temperature,
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.labelled import minifinetuning_gradient, true_tokens
-
-        labels_T = true_tokens(labels_T, self.kind)
-        return minifinetuning_gradient(
-            student_TV,
-            teacher_TV,
-            mask_T,
-            labels_T,
-            threshold=self.threshold,
-            temperature=self.temperature,
-        )
+        options = {"threshold": self.threshold, "temperature": self.temperature}
+        return Form(minifinetuning, minifinetuning_gradient, options)
 
     def top_k_problem(self) -> str | None:
         """See the base class; a label in the tail has no probability of its own there."""

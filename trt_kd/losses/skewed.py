@@ -4,17 +4,14 @@ Source: Ko et al. 2024, DistiLLM (arXiv:2402.03898), with its alpha of 0.1; the 
 not in the paper. Teacher p, student q.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class SkewedForwardKL(KDLoss):
+class SkewedForwardKL(ClosedForm):
     r"""Forward KL to a student that is helped by a little of the teacher.
 
     :math:`\tau^2 \sum_t D_{KL}(p_t \| \alpha p_t + (1 - \alpha) q_t)`: at most
@@ -30,36 +27,15 @@ class SkewedForwardKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.divergences import skewed_forward_kl
+        from trt_kd.losses.divergences import skewed_forward_kl, skewed_forward_kl_gradient
 
-        return skewed_forward_kl(
-            student_TV, teacher_TV, mask_T, alpha=self.alpha, temperature=self.temperature
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.divergences import skewed_forward_kl_gradient
-
-        return skewed_forward_kl_gradient(
-            student_TV, teacher_TV, mask_T, alpha=self.alpha, temperature=self.temperature
-        )
+        options = {"alpha": self.alpha, "temperature": self.temperature}
+        return Form(skewed_forward_kl, skewed_forward_kl_gradient, options)
 
 
-class SkewedReverseKL(KDLoss):
+class SkewedReverseKL(ClosedForm):
     r"""Reverse KL to a teacher that is smoothed by a little of the student.
 
     :math:`\tau^2 \sum_t D_{KL}(q_t \| (1 - \alpha) p_t + \alpha q_t)`: at most
@@ -75,30 +51,9 @@ class SkewedReverseKL(KDLoss):
     temperature: PositiveFloat = 1.0
     """Softens both distributions; the loss is scaled by its square to keep gradient size."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.divergences import skewed_reverse_kl
+        from trt_kd.losses.divergences import skewed_reverse_kl, skewed_reverse_kl_gradient
 
-        return skewed_reverse_kl(
-            student_TV, teacher_TV, mask_T, alpha=self.alpha, temperature=self.temperature
-        )
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.divergences import skewed_reverse_kl_gradient
-
-        return skewed_reverse_kl_gradient(
-            student_TV, teacher_TV, mask_T, alpha=self.alpha, temperature=self.temperature
-        )
+        options = {"alpha": self.alpha, "temperature": self.temperature}
+        return Form(skewed_reverse_kl, skewed_reverse_kl_gradient, options)

@@ -4,15 +4,12 @@ Sources: Wen et al. 2023, f-DISTILL (arXiv:2307.15190); Leviathan et al. 2023 (a
 for what it means to speculative decoding.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from trt_kd.losses.base import KDLoss
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from trt_kd.losses.closed_form import ClosedForm, Form
 
 
-class TotalVariation(KDLoss):
+class TotalVariation(ClosedForm):
     r"""Half of the L1 distance between teacher p and student q.
 
     :math:`\frac12 \sum_t \sum_v |p_{tv} - q_{tv}|`, from 0 to 1 per token and no nats: the chance
@@ -28,26 +25,8 @@ class TotalVariation(KDLoss):
     kind: Literal["total_variation"] = "total_variation"
     """Name in the registry."""
 
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
+    def form(self) -> Form:
         """See the base class."""
-        from trt_kd.losses.divergences import total_variation
+        from trt_kd.losses.divergences import total_variation, total_variation_gradient
 
-        return total_variation(student_TV, teacher_TV, mask_T)
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        from trt_kd.losses.divergences import total_variation_gradient
-
-        return total_variation_gradient(student_TV, teacher_TV, mask_T)
+        return Form(total_variation, total_variation_gradient, {})
