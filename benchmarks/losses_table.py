@@ -1,0 +1,112 @@
+"""What every loss makes of the same student with the same tokens.
+
+    python benchmarks/losses_table.py [--teacher CHECKPOINT --student CHECKPOINT] [--steps 30]
+
+Trains the quickstart's pruned student by the quickstart's settings, once with every loss against
+the teacher's logits at its defaults and once on plain cross-entropy, and measures each on held-out
+text and on the quickstart's tasks. What is finished in the work folder is not made again. Without
+--teacher and --student the quickstart's are made. Prints a table, then one line of JSON.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from search_quality import made, teacher_of
+
+from trt_kd.artifacts import Artifact
+from trt_kd.artifacts.environment import environment
+from trt_kd.errors import TrtKdError
+from trt_kd.losses import LOSSES
+from trt_kd.pipeline.recipe import load_recipe
+from trt_kd.stages.distill import DistillConfig, distill
+from trt_kd.stages.evaluate import evaluate
+from trt_kd.stages.prune import prune
+
+RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
+UNTRAINED, CROSS_ENTROPY = "untrained", "cross_entropy"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="every loss on the same student and tokens")
+    parser.add_argument("--teacher", type=Path, help="checkpoint artifact; else the quickstart's")
+    parser.add_argument("--student", type=Path, help="checkpoint artifact; else the quickstart's")
+    parser.add_argument("--work", type=Path, default=Path("runs/losses-table"))
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="for all other settings")
+    parser.add_argument("--losses", nargs="+", default=LOSSES.names(), choices=LOSSES.names())
+    parser.add_argument("--steps", type=int, default=30)
+    given = parser.parse_args(arguments)
+    try:
+        record = compared(given)
+    except TrtKdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(record))
+    print(json.dumps(record))
+    return 0
+
+
+def compared(given: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure."""
+    recipe = load_recipe(given.recipe)
+    teacher = teacher_of(given)
+    student = (
+        Artifact.open(given.student, expect="checkpoint")
+        if given.student
+        else made(given.work / "pruned", recipe.prune, prune, source=teacher)
+    )
+    steps = {
+        "steps": given.steps,
+        "warmup_steps": min(recipe.distill.warmup_steps, given.steps - 1),
+    }
+    base = recipe.distill.model_copy(update=steps)
+    control = made(given.work / CROSS_ENTROPY, base.cross_entropy(), distill, student=student)
+    trained = {UNTRAINED: student, CROSS_ENTROPY: control}
+    for name in given.losses:
+        config = DistillConfig.model_validate(base.model_dump() | {"loss": name})
+        out = given.work / name
+        trained[name] = made(out, config, distill, student=student, teacher=teacher)
+    rows = {}
+    for name, model in trained.items():
+        out = given.work / f"evaluate-{name}"
+        measured = made(out, recipe.evaluate, evaluate, model=model, teacher=teacher)
+        rows[name] = measured.metrics | {"seconds": model.metrics["seconds"]}
+    rows[UNTRAINED].pop("seconds")
+    return {
+        "hardware": environment(),
+        "steps": given.steps,
+        "tokens": base.tokens,
+        "learning_rate": base.learning_rate,
+        "parameters_share": student.metrics.get("parameters_share"),
+        "results": [{"name": name} | row for name, row in rows.items()],
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown, the nearest to the teacher first."""
+    hardware = record["hardware"]
+    tasks = list(record["results"][0]["tasks"])
+    heads = ["Loss", "Held-out KL (nats)", "Agreement", "Cross-entropy (nats)", *tasks, "Seconds"]
+    lines = [
+        f"{hardware['processor']}, {hardware['cores']} cores; {record['tokens']:,} tokens each.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|:--|{'--:|' * (len(heads) - 1)}",
+    ]
+    for row in sorted(record["results"], key=lambda row: row["kl_to_teacher_nats"]):
+        cells = [
+            row["name"],
+            f"{row['kl_to_teacher_nats']:.4f} ± {row['kl_to_teacher_nats_stderr']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+            f"{row['loss_nats_per_token']:.3f}",
+            *(f"{row['tasks'][task]['accuracy']:.2f}" for task in tasks),
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
