@@ -204,7 +204,7 @@ def prepared(given: argparse.Namespace) -> tuple[Any, dict[str, Callable[[], obj
     places = {kind: REGISTERED.load(kind)().places(model, architecture) for kind in AXES}
     channels = {kind: (Activation(), found) for kind, found in places.items()}
     layers = Layers(BlockInfluence(), 1)
-    settings = {"channels": channels, "layers": layers, "grams": {}}
+    settings = {"channels": channels, "layers": layers, "readings": ()}
     scoring = partial(record, model, architecture, loop, **settings)
     return model, {"plain": plain, "scoring": scoring}
 

@@ -44,7 +44,7 @@ def scored(model, batches, channels=None, layers=None, run_length=1):
         partial(trunk, batches),
         channels={k: (channels, a.places(model, architecture)) for k, a in axes.items()},
         layers=Layers(layers, run_length) if layers else None,
-        grams={},
+        readings=(),
     )
 
     def final(importance, total):
@@ -373,7 +373,7 @@ def test_padding_is_neither_read_nor_predicted(name, make_decoder, blocks):
             loop,
             channels={},
             layers=Layers(importance, 1),
-            grams={},
+            readings=(),
         ).runs
 
     torch.testing.assert_close(padded(3), padded(400), rtol=1e-4, atol=1e-6)
@@ -396,7 +396,7 @@ def test_a_loop_that_feeds_embeddings_suits_all_but_the_loss(name, make_decoder,
         embeddings = model.model.embed_tokens(torch.from_numpy(blocks))
         model.base_model(inputs_embeds=embeddings, use_cache=False)
 
-    settings = {"channels": {}, "layers": Layers(importance, 1), "grams": {}}
+    settings = {"channels": {}, "layers": Layers(importance, 1), "readings": ()}
     if importance.evidence == "states":
         assert len(record(model, architecture_of("llama"), loop, **settings).runs) == 2
     else:

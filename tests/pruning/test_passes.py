@@ -60,7 +60,7 @@ def test_a_pass_takes_no_more_than_predicted_and_not_much_less(model_type, chang
             lambda model: [model.base_model(input_ids=batch, use_cache=False) for batch in tokens],
             channels=places if "channels" in importance.units else {},
             layers=Layers(layers, 1),
-            grams={},
+            readings=(),
         )
 
     measured = peak_bytes(run)

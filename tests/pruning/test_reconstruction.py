@@ -7,12 +7,12 @@ import torch
 from trt_kd.architectures import architecture_of
 from trt_kd.errors import ModelError
 from trt_kd.pruning.hooks import hooks
+from trt_kd.pruning.readings import linear_readings, solve_group
 from trt_kd.pruning.reconstruction import (
     Reconstruct,
     first_layers,
     gram_bytes,
     in_order,
-    refit_group,
 )
 from trt_kd.pruning.ridge import PLAIN, Gram, Moments, refit, solve
 from trt_kd.stages.cutting import prune_model
@@ -203,15 +203,18 @@ def test_the_first_layers_alone_see_what_they_see_in_the_whole_model(make_decode
 
 def test_a_group_is_written_at_once_and_leaves_nothing_behind(make_decoder):
     model = make_decoder()
-    consumer, other = projections(model)[1][:2]
+    consumer = projections(model)[1][0]
     before, x_TC = consumer.weight.clone(), np.random.default_rng(0).normal(size=(400, 256))
     x_TC[:, 100:] = x_TC[:, :156]
-    keep, told = {consumer: torch.arange(100), other: torch.arange(9)}, []
-    grams = {consumer: gram_of(x_TC), model.lm_head: gram_of(x_TC)}
-    refits = refit_group(grams, keep, Reconstruct(), lambda: told.append(1))
-    assert list(refits) == [consumer]
-    assert (grams, told, refits[consumer].weight.numel()) == ({}, [1], 0)
-    expected = refit(before, gram_of(x_TC), keep[consumer], Reconstruct().ridges)
+    (reading,) = linear_readings(model, architecture_of("llama"), [consumer])
+    reading.grams, told = [gram_of(x_TC)], []
+    keep = {consumer: torch.arange(100)}
+    found = solve_group([reading], keep, [0.01], lambda: told.append(1))
+    assert (reading.layer, list(found)) == (3, [reading])
+    ((name, found),) = found[reading]
+    assert name == "down_proj"
+    assert (reading.grams, told, found.weight.numel()) == ([], [1], 0)
+    expected = refit(before, gram_of(x_TC), keep[consumer], [0.01])
     assert torch.equal(consumer.weight[:, :100], expected.weight)
     assert torch.equal(consumer.weight[:, 100:], before[:, 100:])
-    assert refits[consumer].residual == expected.residual < 0.5 * expected.plain_residual
+    assert found.residual == expected.residual < 0.5 * expected.plain_residual

@@ -13,11 +13,12 @@ from trt_kd.artifacts import Artifact, writing
 from trt_kd.config import StageConfig
 from trt_kd.pruning.budget import memory_bytes
 from trt_kd.pruning.catalogue import catalogue
+from trt_kd.pruning.readings import STEPS
 from trt_kd.reporting import pruning_tables
 from trt_kd.reporting.collect import sort_inputs
 from trt_kd.reporting.markdown import report_markdown
 from trt_kd.reporting.page import page
-from trt_kd.reporting.pruning import pruning_of
+from trt_kd.reporting.pruning import HEAD, PROJECTIONS, pruning_of
 from trt_kd.reporting.pruning_figure import layer_figure
 
 LAYERS = 4
@@ -108,6 +109,29 @@ def test_refits_of_some_layers_stand_at_theirs(cut):
     rows = pruning_tables.layers(found).rows
     assert [row.cells[-1].value for row in rows].count("plain cut") == 1
     assert layer_figure(found) is not None
+
+
+def test_every_projection_that_can_be_refit_has_its_columns_and_its_mark(cut, make_report):
+    names = [*STEPS[:3], "router", "experts.0.down_proj", "experts.1.down_proj", "down_proj"]
+    refits = [refit(n, name, 0.1) for n in range(LAYERS) for name in names]
+    refits.append({**refit(0, "lm_head"), "layer": None})
+    found = cut(METRICS | {"refits": refits})
+    assert found.missing == ["Nothing was timed: memory is predicted for 2,048 tokens."]
+    kinds = ["attention", "output", "mlp", "router", "experts", "down"]
+    for layer in found.layers:
+        assert [each.projection for each in layer.refits] == kinds
+    assert set(STEPS) - PROJECTIONS.keys() == {HEAD}
+    assert layer_figure(found) is not None
+    for text in (page(make_report(pruning=found)), report_markdown(make_report(pruning=found))):
+        assert "Queries, keys and values" in text
+
+
+def test_experts_of_a_layer_stand_as_one_with_their_mean(cut):
+    refits = [refit(2, f"experts.{n}.down_proj", ridge) for n, ridge in enumerate((0.1, None))]
+    refits[1]["plain_residual"] = 0.3
+    (merged,) = cut(METRICS | {"refits": refits}).layers[2].refits
+    assert merged.plain_energy_lost == pytest.approx((0.1 + 0.3) / 2)
+    assert merged.ridge is None
 
 
 def test_dropped_layers_are_marked_by_their_numbers_before_the_cut(cut):

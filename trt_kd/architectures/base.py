@@ -79,6 +79,18 @@ class Attention:
     kv_heads: int
 
 
+@dataclass(frozen=True)
+class Readers:
+    """What reads the residual stream at one point: parameters whose last dimension is hidden."""
+
+    block: "nn.Module"
+    """Its input is what all of them read."""
+    norm: "nn.Module | None"
+    """The norm whose output that is; None where it is the stream itself."""
+    weights: "Mapping[str, tuple[Slice, ...]]"
+    """By name: parameters that are refit together."""
+
+
 class Experts(ABC):
     """The mixture of experts of one layer, however the library's version stores it."""
 
@@ -90,6 +102,8 @@ class Experts(ABC):
     """Experts."""
     width: int
     """Channels of one expert."""
+    router: "nn.Module"
+    """Chooses experts; its weight is ``[E, H]``."""
 
     @abstractmethod
     def route(self, inputs_TH: "Tensor") -> "tuple[Tensor, Tensor]":
@@ -102,6 +116,10 @@ class Experts(ABC):
     @abstractmethod
     def outputs(self, expert: int, channels_SC: "Tensor") -> "Tensor":
         """What one expert makes of its channels, ``[S, H]``, not yet weighted."""
+
+    @abstractmethod
+    def down(self, expert: int) -> "Tensor":
+        """The down projection of one expert, ``[H, C]``, in the model's own storage."""
 
     @abstractmethod
     def keep(self, experts_K: "Tensor") -> None:
@@ -228,6 +246,10 @@ class Architecture(ABC):
     @abstractmethod
     def residual(self, layer: "nn.Module") -> "tuple[Slice, ...]":
         """Every parameter of one layer along the hidden size, norms included."""
+
+    @abstractmethod
+    def readers(self, layer: "nn.Module") -> "tuple[Readers, Readers]":
+        """What reads the residual stream: that of the attention and that of the MLP."""
 
     def experts(self, layer: "nn.Module") -> Experts | None:
         """Experts of one layer; None where it has a dense MLP."""

@@ -87,6 +87,10 @@ class FusedExperts(RoutedExperts):
         """See the base class."""
         return channels_SC @ self.store.get_parameter("down_proj")[expert].T
 
+    def down(self, expert: int) -> "Tensor":
+        """See the base class."""
+        return self.store.get_parameter("down_proj").detach()[expert]
+
     def keep(self, experts_K: "Tensor") -> None:
         """See the base class."""
         take(self.router, "weight", 0, experts_K)
@@ -133,6 +137,10 @@ class ListedExperts(RoutedExperts):
     def outputs(self, expert: int, channels_SC: "Tensor") -> "Tensor":
         """See the base class."""
         return cast("Tensor", self._linears(expert)[2](channels_SC))
+
+    def down(self, expert: int) -> "Tensor":
+        """See the base class."""
+        return self._linears(expert)[2].weight.detach()
 
     def keep(self, experts_K: "Tensor") -> None:
         """See the base class."""

@@ -25,6 +25,11 @@ class Gemma2(LlamaLike):
         "post_feedforward_layernorm",
     )
 
+    read_norms: ClassVar[tuple[str | None, str | None]] = (
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+    )
+
     def adds_to_residual(self) -> bool:
         """No: a norm stands between."""
         return False

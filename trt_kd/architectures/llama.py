@@ -10,6 +10,7 @@ from trt_kd.architectures.base import (
     Architecture,
     Attention,
     Mlp,
+    Readers,
     Slice,
     columns,
     norm_slices,
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+JOINT = ("qkv_proj", "gate_up_proj")
+"""Names for all that read the stream in an attention block and in an MLP, experts included."""
+
+
 class LlamaLike(Architecture):
     """RMSNorm before attention and before a gated MLP, one residual stream, rotary positions."""
 
     norm_names: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    read_norms: ClassVar[tuple[str | None, str | None]] = (
+        "input_layernorm",
+        "post_attention_layernorm",
+    )
+    """Norms whose outputs attention and MLP read; None where they read the stream itself."""
     attention_readers: ClassVar[tuple[str, ...]] = tuple(f"self_attn.{n}_proj" for n in "qkv")
     """Linears of a layer that turn the residual stream into queries, keys and values."""
     attention_writer: ClassVar[str] = "self_attn.o_proj"
@@ -86,6 +96,32 @@ class LlamaLike(Architecture):
             found += rows(linear, linear.out_features)
         return (*found, *(() if experts is None else experts.residual))
 
+    def readers(self, layer: "nn.Module") -> "tuple[Readers, Readers]":
+        """See the base class."""
+        experts = self.experts(layer)
+        blocks = [layer.get_submodule(self.attention_writer.partition(".")[0])]
+        if experts is None:
+            blocks.append(layer.get_submodule(self.mlp_writer.partition(".")[0]))
+        else:
+            blocks.append(experts.module)
+        router = None if experts is None else experts.router
+        found = []
+        for block, name, norm in zip(blocks, JOINT, self.read_norms, strict=True):
+            inside = [entry for entry in self.residual(layer) if _reads(entry, block)]
+            weights = {
+                name: tuple(entry for entry in inside if entry.module is not router),
+                "router": tuple(entry for entry in inside if entry.module is router),
+            }
+            found.append(
+                Readers(
+                    block=block,
+                    norm=None if norm is None else layer.get_submodule(norm),
+                    weights={name: entries for name, entries in weights.items() if entries},
+                )
+            )
+        attention, mlp = found
+        return attention, mlp
+
     def after_hidden(self, model: "PreTrainedModel", before: int, after: int) -> None:
         """Nothing to do: the code derives nothing from the hidden size."""
 
@@ -111,6 +147,12 @@ class Llama(LlamaLike):
     """Llama: the same, and a config that wants the hidden size to be a multiple of the heads."""
 
     whole_heads: ClassVar[bool] = True
+
+
+def _reads(entry: Slice, block: "nn.Module") -> bool:
+    """Whether it is a weight inside ``block`` with the hidden size as its last dimension."""
+    weight = entry.module.get_parameter(entry.name)
+    return weight.dim() > 1 and entry.dim == weight.dim() - 1 and entry.module in block.modules()
 
 
 def _linear(layer: "nn.Module", name: str) -> "nn.Linear":

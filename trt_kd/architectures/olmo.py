@@ -21,6 +21,8 @@ class Olmo2(LlamaLike):
         "post_feedforward_layernorm",
     )
 
+    read_norms: ClassVar[tuple[str | None, str | None]] = (None, None)
+
     def attention(self, layer: "nn.Module") -> Attention:
         """See the base class."""
         found = super().attention(layer)

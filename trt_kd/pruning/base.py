@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trt_kd.architectures.base import Architecture, Slice
-    from trt_kd.pruning.ridge import Gram
 
 Unit = Literal["channels", "layers", "tokens"]
 
@@ -104,8 +103,6 @@ class Recording:
     """Block influence per layer: mean over tokens of 1 - cos(input, output)."""
     runs: "list[Tensor]" = field(default_factory=list)
     """Per first layer of a run of the axis' length: the sum of contributions, ``[]``."""
-    gram: "dict[nn.Module, Gram]" = field(default_factory=dict)
-    """By projection: Gram matrices of its inputs."""
     tokens: int = 0
     """Calibration tokens of the scoring pass."""
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,18 @@ from trt_kd.pruning import AXES
 from trt_kd.pruning.base import Axis, Importance, Place, Recording, WidthAxis
 from trt_kd.pruning.depth import DepthAxis
 from trt_kd.pruning.importance import BlockInfluence
-from trt_kd.pruning.reconstruction import (
-    Reconstruct,
-    first_layers,
-    in_order,
-    kept_inputs,
-    refit_group,
+from trt_kd.pruning.readings import (
+    LinearReading,
+    Reading,
+    expert_readings,
+    linear_readings,
+    solve_group,
+    stream_readings,
 )
-from trt_kd.pruning.ridge import PLAIN, Gram, Refit
+from trt_kd.pruning.reconstruction import Reconstruct, first_layers, kept_inputs
+from trt_kd.pruning.ridge import PLAIN, Refit
 from trt_kd.pruning.scores import Scores
-from trt_kd.pruning.scoring import ForwardLoop, Layers, record, record_grams
+from trt_kd.pruning.scoring import ForwardLoop, Layers, read, record
 from trt_kd.pruning.sequential import capture, fold_points, refit_sequentially, spans
 
 logger = logging.getLogger(__name__)
@@ -61,17 +63,27 @@ class _Subject:
             for axis in request.axes
             if isinstance(axis, WidthAxis)
         }
-        self.layers: dict[nn.Linear, int] = {}
-        """Layers of the projections to refit, as they run."""
-        self.first: list[nn.Linear] = []
+        self.late: set[str] = set()
+        """Kinds of axes whose refit has to know what stays before it reads."""
+        self.linears: list[LinearReading] = []
+        """Projections that read cut units, as they run."""
+        self.first: list[LinearReading] = []
         """Those whose Gram matrices are taken while scoring."""
         if request.reconstruct is not None:
-            cut = [axis.kind for axis in request.axes if axis.target(shape) < axis.read(shape)]
+            request.reconstruct.check(self.places)
+            cut = {axis.kind for axis in request.axes if axis.target(shape) < axis.read(shape)}
+            self.late = cut & {"hidden", "expert_ffn"}
             found = [place.consumer for kind in cut for place in self.places.get(kind, ())]
             consumers = [each for each in found if each is not None]
-            self.layers = in_order(self.architecture.layers(model), consumers)
-            if request.reconstruct.schedule == "once":
-                self.first = (request.reconstruct.grouped(list(self.layers)) or [[]])[0]
+            self.linears = linear_readings(model, self.architecture, consumers)
+            if request.reconstruct.schedule == "once" and not self.late:
+                self.first = (request.reconstruct.grouped(self.linears) or [[]])[0]
+                self.start(self.first)
+
+    @property
+    def refits(self) -> bool:
+        """Whether anything reads units that are cut."""
+        return bool(self.linears or self.late)
 
     def folds(self, keep: dict[str, list[Tensor]]) -> bool:
         """Whether layers are dropped that others can make up for."""
@@ -83,16 +95,28 @@ class _Subject:
         """Numbers of the layers that stay."""
         return keep["depth"][0].tolist() if "depth" in keep else list(range(self.shape.layers))
 
-    def grams(self, group: Sequence[nn.Linear]) -> dict[nn.Module, Gram]:
-        """Gram matrices of ``group``, in a pass that ends with the layer of its last one."""
-        layers = self.architecture.layers(self.model)
-        with first_layers(layers, 1 + self.layers[group[-1]]):
-            return record_grams(self.model, self.forward_loop, self.empty(group))
+    def readings(self, keep: dict[str, list[Tensor]]) -> list[Reading]:
+        """All that is refit in the layers that stay, as it runs."""
+        found: list[Reading] = [*self.linears]
+        if "hidden" in self.late:
+            found += stream_readings(self.model, self.architecture, keep["hidden"][0])
+        if "expert_ffn" in self.late:
+            found += expert_readings(self.model, self.architecture, keep["expert_ffn"])
+        kept = set(self.kept_layers(keep))
+        chosen = [each for each in found if each.layer in kept or each.always]
+        return sorted(chosen, key=lambda each: (each.layer, each.step))
 
-    def empty(self, group: Sequence[nn.Linear]) -> dict[nn.Linear, Gram]:
-        """Gram matrices of ``group`` that have seen nothing."""
-        reconstruct = self.request.reconstruct
-        return {consumer: reconstruct.gram() for consumer in group} if reconstruct else {}
+    def read(self, group: Sequence[Reading]) -> None:
+        """Fill the Gram matrices of ``group``, in a pass that ends with its last one's layer."""
+        self.start(group)
+        with first_layers(self.architecture.layers(self.model), 1 + group[-1].layer):
+            read(self.model, self.forward_loop, group)
+
+    def start(self, group: Sequence[Reading]) -> None:
+        """Give all of ``group`` Gram matrices that have seen nothing."""
+        for reading in group:
+            if self.request.reconstruct is not None:
+                reading.start(self.request.reconstruct.gram)
 
 
 def score(
@@ -139,8 +163,8 @@ def shrink(
     }
     if "depth" in keep:
         measured["kept_layers"] = keep["depth"][0].tolist()
-    if request.reconstruct is not None and (subject.layers or subject.folds(keep)):
-        measured |= _reconstruct(subject, request.reconstruct, recording, keep)
+    if request.reconstruct is not None and (subject.refits or subject.folds(keep)):
+        measured |= _reconstruct(subject, request.reconstruct, keep)
     # In the registry's order: what was recorded of a part must still meet that part.
     order = AXES.names()
     for axis in sorted(request.axes, key=lambda axis: order.index(axis.kind)):
@@ -167,7 +191,7 @@ def _score(subject: _Subject, known: Scores | None = None) -> Recording:
         subject.forward_loop,
         channels={kind: (request.importance, found) for kind, found in scored.items()},
         layers=layers[0] if layers else None,
-        grams=subject.empty(subject.first),
+        readings=subject.first,
     )
 
 
@@ -195,31 +219,31 @@ def _summed(importance: Importance, totals: Sequence[Tensor], generator: torch.G
 
 
 def _reconstruct(
-    subject: _Subject,
-    reconstruct: Reconstruct,
-    recording: Recording,
-    keep: dict[str, list[Tensor]],
+    subject: _Subject, reconstruct: Reconstruct, keep: dict[str, list[Tensor]]
 ) -> dict[str, Any]:
     """Refit all on the unpruned model and write the solutions, or layer after layer."""
     inputs = kept_inputs(subject.places, keep)
     if reconstruct.schedule == "sequential":
-        recording.gram.clear()
         return _refit_sequentially(subject, reconstruct, keep, inputs)
-    kept = set(subject.kept_layers(keep))
-    inputs = {each: inputs[each] for each, layer in subject.layers.items() if layer in kept}
-    rest = reconstruct.grouped([each for each in inputs if each not in subject.first])
+    readings = subject.readings(keep)
+    for reading in subject.first:
+        if reading not in readings:
+            reading.grams.clear()
+    first = [each for each in readings if each.grams]
+    rest = reconstruct.grouped([each for each in readings if not each.grams])
     if rest:
         logger.info(
-            "%d projections to refit: memory_gib %g makes that %d more passes over the text",
-            len(inputs),
+            "%d readings to refit: memory_gib %g makes that %d more passes over the text",
+            len(readings),
             reconstruct.memory_gib,
             len(rest),
         )
-    with Steps("refitting", len(inputs)) as steps:
-        refits = refit_group(recording.gram, inputs, reconstruct, steps.step)
+    with Steps("refitting", len(readings)) as steps:
+        refits = solve_group(first, inputs, reconstruct.ridges, steps.step)
         for group in rest:
-            refits |= refit_group(subject.grams(group), inputs, reconstruct, steps.step)
-    return _measured(subject, refits)
+            subject.read(group)
+            refits |= solve_group(group, inputs, reconstruct.ridges, steps.step)
+    return _measured([(each, *pair) for each in readings for pair in refits[each]])
 
 
 def _refit_sequentially(
@@ -237,25 +261,20 @@ def _refit_sequentially(
     wanted = {fold: torch.arange(fold.in_features) for fold in folds} | inputs
     batches = capture(model, architecture, subject.forward_loop)
     refits = refit_sequentially(model, architecture, batches, wanted, kept, reconstruct)
-    return _measured(subject, refits)
+    named = linear_readings(model, architecture, refits)
+    return _measured([(each, each.name, refits[each.linear]) for each in named])
 
 
-def _measured(subject: _Subject, refits: Mapping[nn.Linear, Refit]) -> dict[str, Any]:
-    """What every refit lost, by layer before the cut and projection."""
-    found = []
-    for number, layer in enumerate(subject.architecture.layers(subject.model)):
-        mlp = subject.architecture.mlp(layer)
-        named = {"o_proj": subject.architecture.attention(layer).o}
-        named |= {"down_proj": mlp.down} if mlp is not None else {}
-        found += [
-            {
-                "layer": number,
-                "projection": name,
-                "residual": refits[linear].residual,
-                "plain_residual": refits[linear].plain_residual,
-                "ridge": None if refits[linear].ridge == PLAIN else refits[linear].ridge,
-            }
-            for name, linear in named.items()
-            if linear in refits
-        ]
+def _measured(refits: Sequence[tuple[Reading, str, Refit]]) -> dict[str, Any]:
+    """What every refit lost, by layer before the cut and projection; a head has no layer."""
+    found = [
+        {
+            "layer": None if reading.always else reading.layer,
+            "projection": name,
+            "residual": solution.residual,
+            "plain_residual": solution.plain_residual,
+            "ridge": None if solution.ridge == PLAIN else solution.ridge,
+        }
+        for reading, name, solution in refits
+    ]
     return {"refits": found} if found else {}

@@ -1,30 +1,43 @@
 """After a projection lost inputs, refit it to do the most with what is left."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, PositiveFloat
 
 from trt_kd.config import StrictModel
+from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trt_kd.architectures.shape import ModelShape
     from trt_kd.pruning.base import Place
-    from trt_kd.pruning.ridge import Gram, Refit
+    from trt_kd.pruning.readings import Reading
+    from trt_kd.pruning.ridge import Gram
 
+R = TypeVar("R", bound="Reading")
 
 Schedule = Literal["once", "sequential"]
 
+SEQUENTIAL = frozenset({"ffn", "heads", "kv_heads", "depth"})
+"""Axes whose cut leaves the residual stream's size and every token's way as they are."""
+SHARES = (0.3, 1.0)
+"""Shares of what dropped layers added that a fold may make up for."""
+PROOF_SEQUENCES = 4
+"""Sequences that prove folds, at most; an eighth of a short text."""
+PROOF_ROWS = 256
+"""Tokens whose distributions are compared at once."""
 ROWS = 640
 """Outputs of a projection, or columns of a Gram matrix, that stand there in float64 at once."""
 
 
 class Reconstruct(StrictModel):
-    """One ridge regression per projection, see ``ridge.py``.
+    """One ridge regression per projection, see ``ridge.py`` and ``readings.py``.
 
-    It serves down projections after an MLP cut, and output projections after a cut of heads.
+    It serves down projections after a cut of MLPs or experts, output projections after one of
+    heads, and all that reads the residual stream after one of its channels.
     """
 
     schedule: Schedule = "once"
@@ -53,10 +66,10 @@ class Reconstruct(StrictModel):
             held += self._bytes(widths[number])
         return groups
 
-    def grouped(self, consumers: "Sequence[nn.Linear]") -> "list[list[nn.Linear]]":
-        """``consumers``, given as they run, by what is held at once; the last ones first."""
-        groups = self.groups([consumer.in_features for consumer in consumers])
-        return [[consumers[number] for number in group] for group in groups if group]
+    def grouped(self, readings: "Sequence[R]") -> "list[list[R]]":
+        """``readings``, given as they run, by what is held at once; the last ones first."""
+        groups = self.groups([reading.width for reading in readings])
+        return [[readings[number] for number in group] for group in groups if group]
 
     def memory_bytes(self, widths: Sequence[int]) -> int:
         """Most bytes it holds at once: one group's matrices and what solves for one projection.
@@ -70,6 +83,19 @@ class Reconstruct(StrictModel):
         ]
         return max(held) + 2 * self._bytes(max(widths)) + 10 * 8 * ROWS * max(widths)
 
+    def check(self, kinds: Iterable[str]) -> None:
+        """Check that the schedule goes with these kinds of axes.
+
+        Raises:
+            ConfigError: naming those that it does not go with.
+        """
+        others = set(kinds) - SEQUENTIAL if self.schedule == "sequential" else None
+        if others:
+            raise ConfigError(
+                f"reconstruct.schedule sequential does not go with {', '.join(sorted(others))}",
+                hint=f"it goes with {', '.join(sorted(SEQUENTIAL))}; schedule once with all",
+            )
+
     def gram(self) -> "Gram":
         """Gram matrices that have seen nothing, in the precision asked for."""
         import torch
@@ -80,6 +106,15 @@ class Reconstruct(StrictModel):
 
     def _bytes(self, width: int) -> int:
         return gram_bytes(width) * (2 if self.accumulation == "float64" else 1)
+
+
+def fold_bytes(shape: "ModelShape", tokens: int) -> int:
+    """Most bytes that proving a fold holds besides a pass, with sequences of ``tokens``.
+
+    That is what leaves the last layer and what enters one, of the unpruned model and of a
+    candidate, and some tokens' distributions of both.
+    """
+    return 4 * (3 * PROOF_SEQUENCES * tokens * shape.hidden + 4 * PROOF_ROWS * shape.vocab)
 
 
 def gram_bytes(width: int) -> int:
@@ -126,30 +161,3 @@ def first_layers(layers: "nn.ModuleList", count: int) -> Iterator[None]:
         yield
     finally:
         layers.extend(rest)
-
-
-def refit_group(
-    grams: "dict[nn.Module, Gram]",
-    keep: "Mapping[nn.Linear, Tensor]",
-    reconstruct: Reconstruct,
-    tell: "Callable[[], object]",
-) -> "dict[nn.Linear, Refit]":
-    """Refit the projections in both ``grams`` and ``keep`` in the model; ``grams`` is used up.
-
-    ``tell`` is called after every one. The solutions stand in the model and nowhere else.
-    """
-    import torch
-
-    from trt_kd.pruning.ridge import refit
-
-    found = {}
-    wanted = [consumer for consumer in keep if consumer in grams]
-    for consumer in grams.keys() - set(wanted):
-        del grams[consumer]
-    for consumer in wanted:
-        solution = refit(consumer.weight, grams.pop(consumer), keep[consumer], reconstruct.ridges)
-        with torch.no_grad():  # into the columns that stay, so that any order of cuts works
-            consumer.weight[:, keep[consumer]] = solution.weight.to(consumer.weight)
-        found[consumer] = solution._replace(weight=solution.weight.new_empty(0))
-        tell()
-    return found

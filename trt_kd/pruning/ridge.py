@@ -66,6 +66,22 @@ class Gram:
             self._halves[half] = _added(self._halves[half], states, errors)
         self._sequences += len(states_BLC)
 
+    def add_some(self, states_SC: Tensor, sequences_S: Tensor, count: int) -> None:
+        """Add some of the tokens of a batch of ``count``, each with its sequence's number.
+
+        Halves are dealt as in ``add``; without tokens they stand all the same.
+        """
+        for half in (0, 1):
+            mine_S = (sequences_S + self._sequences) % 2 == half
+            moments = self._halves[half]
+            if moments is None:
+                channels = states_SC.shape[1]
+                moments = Moments(states_SC.new_zeros(channels, channels, dtype=self._dtype))
+                self._halves[half] = moments
+            states = states_SC[mine_S].to(self._dtype)
+            moments.gram.addmm_(states.T, states)
+        self._sequences += count
+
     @property
     def halves(self) -> tuple[Moments, Moments]:
         """Moments of both halves.

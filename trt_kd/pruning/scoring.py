@@ -17,7 +17,7 @@ from trt_kd.pruning import loss_passes
 from trt_kd.pruning.base import Importance, Place, Recording, Site
 from trt_kd.pruning.hooks import Hook, evaluating, hooks
 from trt_kd.pruning.importance import BlockInfluence
-from trt_kd.pruning.ridge import Gram
+from trt_kd.pruning.readings import Reading
 
 ForwardLoop = Callable[[nn.Module], None]
 Channels = Mapping[str, tuple[Importance, Sequence[Place]]]
@@ -38,12 +38,12 @@ def record(
     *,
     channels: Channels,
     layers: Layers | None,
-    grams: Mapping[nn.Linear, Gram],
+    readings: Sequence[Reading],
 ) -> Recording:
     """Run ``forward_loop`` once and return what all axes need, summed batch by batch.
 
-    ``channels`` names importance and places by kind of axis; ``grams`` are filled
-    with what enters their projections.
+    ``channels`` names importance and places by kind of axis; ``readings`` are shown
+    what enters them.
 
     Raises:
         ModelError: if an activation is not finite, or nothing was run.
@@ -57,12 +57,14 @@ def record(
             if importance.evidence == "states":
                 _record_channels(importance, places, totals, hook)
         residual.watch(_residual_readers(model, architecture), hook)
-        _record_grams(recording, grams, hook)
+        for reading in readings:
+            reading.watch(hook)
         _forward(model, forward_loop)
     if residual.tokens == 0:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
     residual.write(recording)
     _check_finite(recording)
+    _check_readings(readings)
     if _record_losses(model, architecture, batches, channels, layers, recording):
         _check_finite(recording)
     for places_totals in recording.channels.values():
@@ -71,16 +73,17 @@ def record(
     return recording
 
 
-def record_grams(
-    model: PreTrainedModel, forward_loop: ForwardLoop, grams: Mapping[nn.Linear, Gram]
-) -> dict[nn.Module, Gram]:
-    """Fill ``grams`` with what enters their projections, in one more pass."""
-    recording = Recording()
+def read(model: PreTrainedModel, forward_loop: ForwardLoop, readings: Sequence[Reading]) -> None:
+    """Show ``readings`` what enters them, in one more pass.
+
+    Raises:
+        ModelError: if an activation is not finite.
+    """
     with hooks() as hook:
-        _record_grams(recording, grams, hook)
+        for reading in readings:
+            reading.watch(hook)
         _forward(model, forward_loop)
-    _check_finite(recording)
-    return recording.gram
+    _check_readings(readings)
 
 
 def states(site: Site, state: Tensor) -> Tensor:
@@ -169,16 +172,6 @@ class _Residual:
         totals[first] = importance.combined(totals[first], importance.contribution(before, after))
 
 
-def _record_grams(recording: Recording, grams: Mapping[nn.Linear, Gram], hook: Hook) -> None:
-    for consumer, gram in grams.items():
-        recording.gram[consumer] = gram
-        hook(consumer, "input", partial(_add_gram, gram))
-
-
-def _add_gram(gram: Gram, state_BLC: Tensor) -> None:
-    gram.add(state_BLC.detach())
-
-
 def _record_losses(
     model: PreTrainedModel,
     architecture: Architecture,
@@ -225,8 +218,12 @@ def _check_finite(recording: Recording) -> None:
         _refuse(torch.tensor(influence), f"layer {index}")
     for index, total in enumerate(recording.runs):
         _refuse(total, f"the layers from {index} on")
-    for index, gram in enumerate(recording.gram.values()):
-        _refuse(gram.sum.gram, f"projection {index} to refit")
+
+
+def _check_readings(readings: Sequence[Reading]) -> None:
+    for reading in readings:
+        for gram in reading.grams:
+            _refuse(gram.sum.gram, f"a projection to refit in layer {reading.layer}")
 
 
 def _refuse(total: Tensor, where: str) -> None:

@@ -228,8 +228,9 @@ class SizeChange(Record):
 class Refitted(Record):
     """A projection that lost inputs or makes up for dropped layers, and what that cost."""
 
-    projection: Literal["down", "output"]
-    """Down projection of the MLP, or output projection of the attention."""
+    projection: Literal["attention", "output", "mlp", "router", "experts", "down"]
+    """Output projection of the attention, down projection of the MLP or of its experts, or, after a
+    cut of the residual stream, what reads it: for attention, for the MLP, the router."""
     plain_energy_lost: float | None
     """Squared error of its output over the squared output, inputs cut and no more, 0 to 1."""
     refit_energy_lost: float | None

@@ -20,9 +20,18 @@ from trt_kd.reporting.model import (
     Variant,
 )
 
-Projection = Literal["down", "output"]
-PROJECTIONS: dict[str, Projection] = {"down_proj": "down", "o_proj": "output"}
-"""What is refit, by its name in the record."""
+Projection = Literal["attention", "output", "mlp", "router", "experts", "down"]
+PROJECTIONS: dict[str, Projection] = {
+    "qkv_proj": "attention",
+    "o_proj": "output",
+    "gate_up_proj": "mlp",
+    "router": "router",
+    "experts": "experts",
+    "down_proj": "down",
+}
+"""What is refit, by the first part of its name in the record."""
+HEAD = "lm_head"
+"""The head, which belongs to no layer."""
 UNTIMED = {2048: [1, 8, 64]}
 """Batch sizes by tokens where no benchmark names any."""
 
@@ -169,6 +178,8 @@ def _refits(
         return {}
     found: dict[int, list[Refitted]] = {}
     for entry in recorded if isinstance(recorded, list) else [recorded]:
+        if isinstance(entry, dict) and entry.get("projection") == HEAD:
+            continue
         layer, refitted = _refitted(entry)
         if refitted is None or not 0 <= layer < before.layers:
             missing.append(
@@ -177,7 +188,30 @@ def _refits(
             )
             return {}
         found.setdefault(layer, []).append(refitted)
+    return {layer: _merged(refits) for layer, refits in found.items()}
+
+
+def _merged(refits: Sequence[Refitted]) -> list[Refitted]:
+    """Experts of one layer as one: means over them, and the ridge if all have the same."""
+    found = []
+    for kind in dict.fromkeys(refit.projection for refit in refits):
+        same = [refit for refit in refits if refit.projection == kind]
+        ridges = {refit.ridge for refit in same}
+        found.append(
+            same[0].model_copy(
+                update={
+                    "plain_energy_lost": _mean([refit.plain_energy_lost for refit in same]),
+                    "refit_energy_lost": _mean([refit.refit_energy_lost for refit in same]),
+                    "ridge": same[0].ridge if len(ridges) == 1 else None,
+                }
+            )
+        )
     return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _refitted(entry: Any) -> tuple[int, Refitted | None]:
@@ -188,7 +222,7 @@ def _refitted(entry: Any) -> tuple[int, Refitted | None]:
     # The record has null where the plain cut did best.
     best = entry.get("ridge", "")
     ridge = "plain cut" if best is None else _number(best)
-    projection = PROJECTIONS.get(str(entry.get("projection")))
+    projection = PROJECTIONS.get(str(entry.get("projection")).partition(".")[0])
     if projection is None or plain is None or refit is None or ridge is None:
         return 0, None
     return entry["layer"], Refitted(

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLE = "Layer by layer"
-SHAPES = {"down": ("o", "#0087c7", 0.0), "output": ("s", "#d55e00", 0.22)}
+SHAPES = {
+    "attention": ("^", "#009e73", -0.22),
+    "output": ("s", "#d55e00", 0.22),
+    "mlp": ("v", "#cc79a7", -0.11),
+    "router": ("P", "#56b4e9", 0.33),
+    "experts": ("D", "#8a6d00", 0.11),
+    "down": ("o", "#0087c7", 0.0),
+}
 """Marker, colour and shift to the right, in layers."""
 PANEL, LEGEND = 2.1, 0.25
 """Inches."""

@@ -22,7 +22,14 @@ SIZES = {
     "vocab": "tokens of the vocabulary",
     "experts": "experts of a layer",
 }
-PROJECTIONS = {"down": "down projection", "output": "output projection"}
+PROJECTIONS = {
+    "attention": "queries, keys and values",
+    "output": "output projection",
+    "mlp": "gate and up projections",
+    "router": "router",
+    "experts": "experts' down projections",
+    "down": "down projection",
+}
 
 
 def names(report: Report, pruning: Pruning) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """Prune a checkpoint: fewer MLP channels, a narrower residual stream, fewer layers."""
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -22,14 +24,12 @@ from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.depth import DepthAxis
 from trt_kd.pruning.importance import Activation
 from trt_kd.pruning.passes import pass_bytes
-from trt_kd.pruning.reconstruction import Reconstruct
+from trt_kd.pruning.reconstruction import SHARES, Reconstruct, fold_bytes
 from trt_kd.pruning.search import Search, open_axes
 from trt_kd.pruning.sizes import check_axes, planned_shape
 from trt_kd.stages.choosing import Trial, choose
 from trt_kd.stages.cutting import BATCH, cut_checkpoint
 
-SEQUENTIAL = frozenset({"ffn", "heads", "kv_heads", "depth"})
-"""Axes whose cut leaves the residual stream's size and every token's way as they are."""
 # On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
 _REHEARSAL_SHARE = 0.97
 
@@ -38,7 +38,7 @@ class PruneConfig(StageConfig):
     """What to cut and on how much evidence."""
 
     stage: ClassVar[str] = "prune"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     axes: Annotated[
         list[Annotated[SerializeAsAny[Axis], BeforeValidator(partial(build_plugin, AXES))]],
@@ -78,13 +78,11 @@ class PruneConfig(StageConfig):
             axis.unit == "channels" for axis in self.axes
         ):
             raise ValueError("importance ranks channels, and no axis cuts any; leave it out")
-        if self.reconstruct is not None and self.reconstruct.schedule == "sequential":
-            others = {axis.kind for axis in self.axes} - SEQUENTIAL
-            if others:
-                raise ValueError(
-                    "reconstruct.schedule sequential does not go with "
-                    f"{', '.join(sorted(others))}: only with {', '.join(sorted(SEQUENTIAL))}"
-                )
+        if self.reconstruct is not None:
+            try:
+                self.reconstruct.check(axis.kind for axis in self.axes)
+            except ConfigError as error:
+                raise ValueError(f"{error}: {error.hint}") from error
         self._check_search()
         return self
 
@@ -163,26 +161,44 @@ class PruneConfig(StageConfig):
         """Gram matrices; of a sequential refit both streams, the next one, one set of inputs."""
         if self.reconstruct is None:
             return 0
-        widths = self._refit_widths(shape)
-        if self.reconstruct.schedule == "once":
-            return self.reconstruct.memory_bytes(widths)
-        width = max([shape.ffn, *widths])
-        held = 4 * self.blocks() * self.data.block_tokens * (3 * shape.hidden + width)
-        errors = 8 * shape.hidden * width
-        return self.reconstruct.memory_bytes([width]) + held + errors
-
-    def _refit_widths(self, shape: ModelShape) -> list[int]:
-        """Inputs of the projections that will be refit, as they run."""
         cut = {
-            axis.kind for axis in self.axes if axis.is_open or axis.target(shape) < axis.read(shape)
+            axis.kind: axis.read(shape) if axis.is_open else axis.target(shape)
+            for axis in self.axes
+            if axis.is_open or axis.target(shape) < axis.read(shape)
         }
-        attention = [shape.heads * shape.head_dim] if cut & {"heads", "kv_heads"} else []
-        mlp = [shape.ffn] if "ffn" in cut and shape.ffn else []
-        return (attention + mlp) * shape.layers
+        if self.reconstruct.schedule == "once":
+            readers = _reader_bytes(shape) if "hidden" in cut else 0
+            return self.reconstruct.memory_bytes(_refit_widths(shape, cut)) + readers
+        width = max([shape.ffn, *_refit_widths(shape, cut)])
+        tokens = self.data.block_tokens
+        held = 4 * self.blocks() * tokens * (3 * shape.hidden + width)
+        weights = 8 * shape.hidden * width
+        if "depth" in cut:
+            held += fold_bytes(shape, tokens)
+            weights += 4 * len(SHARES) * shape.hidden * width
+        return self.reconstruct.memory_bytes([width]) + held + weights
 
     def blocks(self) -> int:
         """Calibration blocks."""
         return -(-self.calibration_tokens // self.data.block_tokens)
+
+
+def _refit_widths(shape: ModelShape, cut: Mapping[str, int]) -> list[int]:
+    """Sides of the Gram matrices of all that is refit, as it runs; ``cut`` are sizes by axis."""
+    stream = [shape.hidden + cut["hidden"]] if "hidden" in cut else []
+    heads = [shape.heads * shape.head_dim] if {"heads", "kv_heads"} & cut.keys() else []
+    experts = [math.ceil(shape.experts**0.5 * shape.expert_ffn)] if "expert_ffn" in cut else []
+    mlp = [shape.ffn] if "ffn" in cut and shape.ffn else []
+    head = stream if not shape.tied else []
+    return (stream + heads + stream + experts + mlp) * shape.layers + head
+
+
+def _reader_bytes(shape: ModelShape) -> int:
+    """Weights that read the stream at one point, in two orders, and the solution."""
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    mlp = 2 * max(shape.ffn, shape.experts * shape.expert_ffn)
+    rows = max(attention, mlp, 0 if shape.tied else shape.vocab)
+    return 4 * rows * 4 * shape.hidden
 
 
 def prune(

@@ -34,6 +34,7 @@ class ScoreConfig(StageConfig):
     """Which axes to score, on how much text."""
 
     stage: ClassVar[str] = "score"
+    version: ClassVar[int] = 2
 
     axes: Annotated[
         list[Annotated[SerializeAsAny[Axis], BeforeValidator(partial(build_plugin, AXES))]],
