@@ -3,8 +3,8 @@ r"""Refit layer after layer on what the pruned layers before it make of the text
 A refit on the unpruned model's activations does not know the errors of the layers before. Here two
 residual streams run side by side, the original one and the pruned one. Every projection is refitted
 on the pruned stream, and a down projection that adds to the stream also makes up for what has gone
-wrong so far: its goal is the original stream where the next kept layer begins, layers that were
-dropped between them included (ReplaceMe, arXiv:2505.02819, folds a dropped run so). Tokens count by
+wrong so far. Before dropped layers its goal is the original stream behind them (ReplaceMe,
+arXiv:2505.02819, folds a dropped run so) if that proves itself, see ``folding.py``. Tokens count by
 the inverse square of their norm in the original stream, since the next norm divides by it:
 otherwise a few tokens with massive activations would decide every fit.
 
@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import progress
+from trt_kd.pruning.folding import Proof, samples
 from trt_kd.pruning.hooks import evaluating, hooks
-from trt_kd.pruning.reconstruction import Reconstruct
-from trt_kd.pruning.ridge import Gram, Refit, refit
+from trt_kd.pruning.reconstruction import SHARES, Reconstruct
+from trt_kd.pruning.ridge import PLAIN, Refit, refit, solve
 
 FEEDBACKS = (0.0, 0.3, 1.0)
 """Shares of the stream's error to make up for that are tried."""
@@ -85,7 +86,7 @@ class Streams:
 
     def through(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
         """``states`` of all batches after layer ``index`` as it stands now."""
-        return [self._run(index, number, state) for number, state in enumerate(states)]
+        return [self.run(index, number, state) for number, state in enumerate(states)]
 
     def entering(self, index: int, consumer: nn.Linear) -> list[Tensor]:
         """Inputs of ``consumer`` by batch, from the pruned stream; what comes behind is not run."""
@@ -99,7 +100,7 @@ class Streams:
             hook(consumer, "input", observe)
             for number, state in enumerate(self.pruned):
                 with suppress(_SeenError):
-                    self._run(index, number, state)
+                    self.run(index, number, state)
         return seen
 
     def advance(self, index: int, adder: nn.Linear) -> list[Tensor]:
@@ -117,7 +118,8 @@ class Streams:
             for state, inputs_BLC in zip(self.pruned, inputs, strict=True)
         ]
 
-    def _run(self, index: int, number: int, state_BLH: Tensor) -> Tensor:
+    def run(self, index: int, number: int, state_BLH: Tensor) -> Tensor:
+        """The state of batch ``number`` after layer ``index`` as it stands now."""
         arguments, named = self._batches[number].calls[index]
         with evaluating(self._layers[index]), torch.no_grad():
             output = self._layers[index](state_BLH, *arguments, **named)
@@ -159,48 +161,121 @@ def refit_sequentially(
     streams = Streams(layers, batches)
     for index in range(kept[0][0]):
         streams.original = streams.through(index, streams.original)
+    subject = _Subject(streams, Proof(model, architecture, streams), keep, reconstruct)
     refits: dict[nn.Linear, Refit] = {}
-    for index, end in progress(kept, "refitting"):
-        for number in range(index, end):
+    for index, end in progress(_needed(layers, kept, keep), "refitting"):
+        near = streams.original = streams.through(index, streams.original)
+        for number in range(index + 1, end):
             streams.original = streams.through(number, streams.original)
         mlp = architecture.mlp(layers[index])
         adder = mlp.down if mlp is not None and architecture.adds_to_residual() else None
         inside = [each for each in layers[index].modules() if isinstance(each, nn.Linear)]
         for consumer in (each for each in inside if each in keep and each is not adder):
-            gram = reconstruct.gram()
-            _observe(gram, streams, streams.entering(index, consumer), with_errors=False)
-            refits[consumer] = _refit(consumer, gram, keep[consumer], reconstruct.ridges, (0.0,))
+            refits[consumer] = subject.refit_inside(consumer, index, near)
         if adder is not None and adder in keep:
-            inputs = streams.advance(index, adder)
-            gram, before_HC = reconstruct.gram(), adder.weight.clone()
-            _observe(gram, streams, inputs, with_errors=True)
-            refits[adder] = _refit(adder, gram, keep[adder], reconstruct.ridges, FEEDBACKS)
-            streams.add(inputs, adder.weight.detach() - before_HC.detach())
+            refits[adder] = subject.refit_adder(adder, (index, end), near)
         else:
             streams.pruned = streams.through(index, streams.pruned)
     return refits
 
 
-def _observe(gram: Gram, streams: Streams, inputs: Sequence[Tensor], *, with_errors: bool) -> None:
-    """Show ``gram`` a projection's inputs, and the pruned stream's distance from the original."""
-    for goal_BLH, pruned_BLH, inputs_BLC in zip(
-        streams.original, streams.pruned, inputs, strict=True
-    ):
-        norm_BL1 = goal_BLH.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
-        errors = (goal_BLH.float() - pruned_BLH.float()) / norm_BL1 if with_errors else None
-        gram.add(inputs_BLC.float() / norm_BL1, errors)
+def _needed(
+    layers: nn.ModuleList, kept: Sequence[tuple[int, int]], keep: Mapping[nn.Linear, Tensor]
+) -> Sequence[tuple[int, int]]:
+    """``kept`` up to the last layer with a projection to refit."""
+    wanted = [any(each in keep for each in layers[index].modules()) for index, _ in kept]
+    return kept[: len(kept) - wanted[::-1].index(True)] if any(wanted) else []
 
 
-def _refit(
-    consumer: nn.Linear,
-    gram: Gram,
-    keep_K: Tensor,
-    ridges: Sequence[float],
-    feedbacks: Sequence[float],
-) -> Refit:
-    """Solve, and write the solution with zeros at the inputs that will be cut."""
-    found = refit(consumer.weight, gram, keep_K, ridges, feedbacks)
+@dataclass
+class _Subject:
+    """What all refits share."""
+
+    streams: Streams
+    proof: Proof
+    keep: Mapping[nn.Linear, Tensor]
+    reconstruct: Reconstruct
+
+    def refit_inside(self, consumer: nn.Linear, index: int, near: Sequence[Tensor]) -> Refit:
+        """Refit a projection of layer ``index`` on what the pruned stream brings it."""
+        gram = self.reconstruct.gram()
+        inputs = self.streams.entering(index, consumer)
+        for goal_BLH, inputs_BLC in zip(near, inputs, strict=True):
+            gram.add(inputs_BLC.float() / _norm(goal_BLH))
+        keep_K = self.keep[consumer]
+        found = refit(consumer.weight, gram, keep_K, self.reconstruct.ridges)
+        _write(consumer, _whole(consumer.weight, keep_K, found.weight))
+        return found
+
+    def refit_adder(self, adder: nn.Linear, span: tuple[int, int], near: Sequence[Tensor]) -> Refit:
+        """Refit the projection that ends a layer, and move the pruned stream behind it."""
+        index, end = span
+        inputs = self.streams.advance(index, adder)
+        before_HC, keep_K = adder.weight.detach().clone(), self.keep[adder]
+        if end == index + 1:
+            found = self._refit_to(near, inputs, before_HC, keep_K)
+        elif len(keep_K) < adder.in_features:
+            unfolded = self._refit_to(near, inputs, before_HC, keep_K)
+            found = self._fold(end, inputs, before_HC, keep_K, unfolded)
+        else:
+            found = self._fold(end, inputs, before_HC, keep_K, None)
+        _write(adder, _whole(before_HC, keep_K, found.weight))
+        self.streams.add(inputs, adder.weight.detach() - before_HC)
+        return found
+
+    def _refit_to(
+        self,
+        near: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        before_HC: Tensor,
+        keep_K: Tensor,
+    ) -> Refit:
+        """The fit to the original stream behind the layer itself."""
+        gram = self.reconstruct.gram()
+        for goal_BLH, pruned_BLH, inputs_BLC in zip(near, self.streams.pruned, inputs, strict=True):
+            norm_BL1 = _norm(goal_BLH)
+            errors_BLH = (goal_BLH.float() - pruned_BLH.float()) / norm_BL1
+            gram.add(inputs_BLC.float() / norm_BL1, errors_BLH)
+        return refit(before_HC, gram, keep_K, self.reconstruct.ridges, FEEDBACKS)
+
+    def _fold(
+        self,
+        end: int,
+        inputs: Sequence[Tensor],
+        before_HC: Tensor,
+        keep_K: Tensor,
+        unfolded: Refit | None,
+    ) -> Refit:
+        """The fit to the original stream behind the gap, if that proves better than none.
+
+        ``unfolded`` is the refit to inputs that are cut; None if all are kept.
+        """
+        gram = self.reconstruct.gram()
+        lots = zip(self.streams.original, self.streams.pruned, inputs, self.proof.held, strict=True)
+        for goal_BLH, pruned_BLH, inputs_BLC, held in lots:
+            fit = slice(len(goal_BLH) - held)
+            gram.add(*samples(goal_BLH[fit], pruned_BLH[fit], inputs_BLC[fit]))
+        choices = [unfolded or solve(before_HC, gram.halves, keep_K, PLAIN)]
+        if not any(self.proof.held):
+            return choices[0]
+        ridges = self.reconstruct.ridges
+        choices += [refit(before_HC, gram, keep_K, ridges, (share,)) for share in SHARES]
+        weights = [_whole(before_HC, keep_K, each.weight) for each in choices]
+        return choices[self.proof.nearest(end, inputs, before_HC, weights)]
+
+
+def _norm(states_BLH: Tensor) -> Tensor:
+    """Root mean square of every token, ``[B, L, 1]``."""
+    return states_BLH.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def _whole(before_HC: Tensor, keep_K: Tensor, weight_HK: Tensor) -> Tensor:
+    """A solution with zeros at the inputs that will be cut."""
+    whole_HC = torch.zeros_like(before_HC)
+    whole_HC[:, keep_K.to(before_HC.device)] = weight_HK.to(before_HC)
+    return whole_HC
+
+
+def _write(consumer: nn.Linear, weight_HC: Tensor) -> None:
     with torch.no_grad():
-        consumer.weight.zero_()
-        consumer.weight[:, keep_K] = found.weight.to(consumer.weight)
-    return found
+        consumer.weight.copy_(weight_HC)
