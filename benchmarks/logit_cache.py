@@ -234,11 +234,11 @@ def trained(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         blocks = token_blocks(data, tokenizer, split="train", count=config.sequences)
         model = load_model(given.student, dtype="float32")
         started = time.perf_counter()
-        history = train_student(config, model, blocks, given.teacher, work / name)
+        log = train_student(config, model, blocks, given.teacher, work / name)
         found[name] = {
             "heldout_kl_nats_per_token": heldout_kl(given, model.eval(), heldout),
             "seconds": time.perf_counter() - started,
-            "step_s": median([row["seconds"] for row in history]),
+            "step_s": median([row["seconds"] for row in log.steps]),
         }
     pair = [found[name]["heldout_kl_nats_per_token"] for name in ("cached", "online")]
     return found | {"ratio": pair[0] / pair[1]}

@@ -132,7 +132,7 @@ def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     tokens = config.tokens
     flops = 3 * model.forward_flops_per_token()
-    if config.response_weight:
+    if config.uses_teacher:
         flops += teacher.forward_flops_per_token()
     seconds = tokens * flops / (TRAINING_SHARE * matrix_flops_per_s())
     logits = 4.0 * config.batch_size * config.data.block_tokens * model.vocab * 2

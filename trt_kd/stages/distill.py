@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
@@ -23,9 +23,19 @@ from trt_kd.seeding import seed_everything
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
+from trt_kd.training.alarms import ALARMS, Need
 from trt_kd.training.checkpointing import check_space, claim
-from trt_kd.training.history import final_losses, write_history
+from trt_kd.training.history import TrainingLog, training_metrics, write_rows
+from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.schedule import Schedule
+from trt_kd.training.weights import (
+    Weight,
+    WeightSchedule,
+    over_whole_run,
+    peak,
+    step_without_term,
+    weight_at,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,10 +52,11 @@ class DistillConfig(Schedule, StageConfig):
 
     loss: plugin_field(LOSSES, KDLoss) = ForwardKL()  # type: ignore[valid-type]
     """How far student and teacher are apart; without effect where ``response_weight`` is 0."""
-    response_weight: NonNegativeFloat = 1.0
-    """Weight of the loss against the teacher; 0 trains without one."""
-    task_weight: NonNegativeFloat = 0.0
-    """Weight of cross-entropy with the text itself; it pulls towards narrow text."""
+    response_weight: Weight = 1.0
+    """Weight of the loss against the teacher, or its schedule; 0 trains without one."""
+    task_weight: Weight = 0.0
+    """Weight of cross-entropy with the text itself, or its schedule; it pulls towards narrow
+    text."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the label's mass that cross-entropy spreads over the vocabulary."""
     teacher: plugin_field(TEACHERS, Teacher) = OnlineTeacher()  # type: ignore[valid-type]
@@ -55,15 +66,37 @@ class DistillConfig(Schedule, StageConfig):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if not self.task_weight and not self.response_weight:
-            raise ValueError("task_weight and response_weight are both 0: nothing to learn")
-        if self.label_smoothing and not self.task_weight:
+        step = step_without_term([self.task_weight, self.response_weight], self.steps)
+        if step is not None:
+            raise ValueError(
+                f"task_weight and response_weight are both 0 at step {step + 1}: nothing to learn"
+            )
+        if self.label_smoothing and not peak(self.task_weight):
             raise ValueError("label_smoothing has no effect: task_weight is 0")
         return self
 
     @model_validator(mode="after")
+    def _weights_arrive_in_time(self) -> Self:
+        for name in ("task_weight", "response_weight"):
+            weight = getattr(self, name)
+            if isinstance(weight, WeightSchedule) and (weight.steps or 0) > self.steps:
+                raise ValueError(
+                    f"{name}.steps {weight.steps} must be at most steps {self.steps}; "
+                    "write share: 1.0 for the whole run"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _alarms_can_be_raised(self) -> Self:
+        for alarm in ALARMS:
+            missing = " and no ".join(sorted(alarm.needs - self.has))
+            if alarm.name in self.stop_on and missing:
+                raise ValueError(f"stop_on: {alarm.name} has no effect: the run has no {missing}")
+        return self
+
+    @model_validator(mode="after")
     def _teacher_gives_what_the_loss_needs(self) -> Self:
-        problem = self.teacher.problem(self.loss) if self.response_weight else None
+        problem = self.teacher.problem(self.loss) if self.uses_teacher else None
         if problem:
             losses = [LOSSES.load(name)(kind=name) for name in LOSSES.names()]
             choices = [loss.kind for loss in losses if self.teacher.problem(loss) is None]
@@ -72,6 +105,20 @@ class DistillConfig(Schedule, StageConfig):
                 f"defaults: {', '.join(choices)}; any with teacher online"
             )
         return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any step compares the student with a teacher."""
+        return peak(self.response_weight) > 0
+
+    @property
+    def has(self) -> frozenset[Need]:
+        """What the run logs beside its loss."""
+        found: dict[Need, bool] = {
+            "monitor": self.monitor is not None,
+            "response": self.uses_teacher,
+        }
+        return frozenset(need for need, there in found.items() if there)
 
     @property
     def tokens(self) -> int:
@@ -92,11 +139,16 @@ class DistillConfig(Schedule, StageConfig):
                 "warmup_steps": min(self.warmup_steps, 1),
                 "checkpoint_every_steps": 1,
                 "teacher": self.teacher.rehearsal(),
+                "task_weight": over_whole_run(self.task_weight),
+                "response_weight": over_whole_run(self.response_weight),
+                "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
+                "stop_on": [],
             }
         )
 
     def cross_entropy(self) -> Self:
         """The control: the same tokens and steps on hard labels alone, without a teacher."""
+        plain = self.has & {"monitor"}
         return self.model_copy(
             update={
                 "task_weight": 1.0,
@@ -104,6 +156,7 @@ class DistillConfig(Schedule, StageConfig):
                 "label_smoothing": 0.0,
                 "loss": ForwardKL(),
                 "teacher": OnlineTeacher(),
+                "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }
         )
 
@@ -131,20 +184,29 @@ def distill(
         blocks = token_blocks(
             config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
         )
+        heldout = (
+            config.monitor.text(config.data, tokenizer, seed=config.seed)
+            if config.monitor
+            else None
+        )
         work = work_directory(out)
         check_space(out.parent, read_shape(student.path).parameters)
         claim(work, work_key(config, {role: artifact.key for role, artifact in inputs.items()}))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
-        history = train_student(config, model, blocks, teacher.path if teacher else None, work)
+        log = train_student(
+            config, model, blocks, teacher.path if teacher else None, work, heldout=heldout
+        )
         _save(model, student.path, draft.path)
-        write_history(history, draft.path / "history.jsonl")
+        write_rows(log.steps, draft.path / "history.jsonl")
+        if heldout is not None:
+            write_rows(log.measured, draft.path / "monitors.jsonl")
         shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
         draft.metrics |= {
             "parameters": model.num_parameters(),
             "trainable_parameters": model.num_parameters(only_trainable=True),
             "data_fingerprint": fingerprint(blocks),
-            **training_metrics(config, history),
+            **training_metrics(log, config.tokens),
         }
     return Artifact.open(out, expect="checkpoint")
 
@@ -166,35 +228,34 @@ def train_student(
     blocks: "NDArray[np.int64]",
     teacher: "Path | Cache | None",
     work: Path,
-) -> list[dict[str, float]]:
-    """Train ``model`` in place on ``blocks`` in order; return the log by step.
+    *,
+    heldout: "NDArray[np.int64] | None" = None,
+) -> TrainingLog:
+    """Train ``model`` in place on ``blocks`` in order; return the log.
 
-    ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block.
+    ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block, those of
+    ``heldout`` included, which the monitor measures on; without them there is none.
     """
-    from trt_kd.training.head import Objective
-    from trt_kd.training.loop import train
+    import numpy as np
 
-    objective = Objective(
-        config.loss, config.task_weight, config.response_weight, config.label_smoothing
-    )
+    from trt_kd.training.head import Objective
+    from trt_kd.training.loop import Text, train
+
+    def objective_at(step: int) -> Objective:
+        task, response = (
+            weight_at(weight, step, config.steps)
+            for weight in (config.task_weight, config.response_weight)
+        )
+        return Objective(config.loss, task, response, config.label_smoothing)
+
+    seen = blocks if heldout is None else np.concatenate([blocks, heldout])
     targets = (
-        config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
+        config.teacher.targets(teacher, seen, precision=config.precision, work=work)
         if isinstance(teacher, Path)
         else teacher
     )
-    return train(model, targets, blocks, objective=objective, schedule=config, work=work)
-
-
-def training_metrics(config: DistillConfig, history: list[dict[str, float]]) -> dict[str, float]:
-    """Final losses (mean of the last ten steps), tokens and speed, over all sittings of a run."""
-    seconds = sum(row["seconds"] for row in history)
-    return {
-        "steps": len(history),
-        "tokens_trained": config.tokens,
-        "seconds": seconds,
-        "tokens_per_s": config.tokens / seconds,
-        **final_losses(history),
-    }
+    text = Text(blocks, heldout)
+    return train(model, targets, text, objective_at=objective_at, schedule=config, work=work)
 
 
 def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
@@ -203,12 +264,12 @@ def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
     Raises:
         ConfigError: if it is not so.
     """
-    if config.response_weight and not has_teacher:
+    if config.uses_teacher and not has_teacher:
         raise ConfigError(
-            f"response_weight {config.response_weight:g} needs a teacher and none is given",
+            f"response_weight {peak(config.response_weight):g} needs a teacher and none is given",
             hint="give one, or set response_weight=0 and task_weight=1",
         )
-    if has_teacher and not config.response_weight:
+    if has_teacher and not config.uses_teacher:
         raise ConfigError(
             "a teacher is given and response_weight is 0: it would have no effect",
             hint="leave the teacher out or raise response_weight",

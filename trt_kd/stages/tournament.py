@@ -93,6 +93,7 @@ def _schedule(trial: Trial, tournament: Tournament, steps: int) -> DistillConfig
         learning_rate=tournament.learning_rate,
         warmup_steps=steps // 5,
         checkpoint_every_steps=steps,
+        monitor=None,
         teacher=CachedTeacher(k=tournament.top_k),
         data=trial.config.data,
         seed=trial.config.seed,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trt_kd.training.checkpointing import PREFIX, mark_complete, remove_older
-from trt_kd.training.history import history_of
+from trt_kd.training.history import log_of
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,10 @@ class EventFiles(TrainerCallback):
                 path.rename(self.directory / f"events.out.tfevents.{number}")
 
     def _write(self, entry: dict[str, Any]) -> None:
-        for row in history_of([entry]):
-            step = int(row.pop("step"))
-            for name, value in row.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+        log = log_of([entry])
+        for group, rows in (("train", log.steps), ("monitor", log.measured)):
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        self._writer.add_scalar(f"{group}/{name}", value, int(row["step"]))
         self._writer.flush()

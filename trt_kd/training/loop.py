@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,16 @@ from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
-from trt_kd.training.head import Objective
-from trt_kd.training.history import history_of
+from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.schedule import Schedule
-from trt_kd.training.trainer import Blocks, CachedTrainer, DistillTrainer, TaskTrainer
+from trt_kd.training.trainer import (
+    Blocks,
+    CachedTrainer,
+    DistillTrainer,
+    ObjectiveAt,
+    TaskTrainer,
+)
+from trt_kd.training.watching import Alarms, Monitor
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -32,16 +39,26 @@ logger = logging.getLogger(__name__)
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token blocks ``[count, L]``."""
+
+    blocks: NDArray[np.int64]
+    """Those to train on, in order."""
+    heldout: NDArray[np.int64] | None = None
+    """Those that the monitor measures on; without them there is none."""
+
+
 def train(
     student: PreTrainedModel,
     teacher: PreTrainedModel | Cache | None,
-    blocks: NDArray[np.int64],
+    text: Text,
     *,
-    objective: Objective,
+    objective_at: ObjectiveAt,
     schedule: Schedule,
     work: Path,
-) -> list[dict[str, float]]:
-    """Train ``student`` (float32 weights) in place on ``blocks`` in order; return the log by step.
+) -> TrainingLog:
+    """Train ``student`` (float32 weights) in place on ``text`` in order; return the log.
 
     Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
     that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student, or
@@ -49,11 +66,11 @@ def train(
 
     Raises:
         ModelError: if logits are not those of a linear head.
-        TrtKdError: if the loss is not finite; checkpoints stay.
+        TrtKdError: if the loss is not finite, or an alarm stops the run; checkpoints stay.
     """
     check_linear_head(student, "student")
     use_cache = student.config.use_cache
-    progress = Progress(schedule.batch_size * schedule.gradient_accumulation * blocks.shape[1])
+    progress = Progress(schedule.batch_size * schedule.gradient_accumulation * text.blocks.shape[1])
     events = EventFiles(work / "tensorboard")
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
@@ -61,7 +78,7 @@ def train(
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints),
-            "train_dataset": Blocks(blocks),
+            "train_dataset": Blocks(text.blocks),
             "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
         }
         if teacher is None:
@@ -73,7 +90,11 @@ def train(
             check_linear_head(teacher, "teacher")
             trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
         _remove_printers(trainer)
-        trainer.start(objective, dtype)
+        trainer.start(objective_at, dtype)
+        alarms = Alarms(schedule.stop_on)
+        trainer.add_callback(alarms)
+        if schedule.monitor is not None and text.heldout is not None:
+            trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout))
         resume = newest_complete(checkpoints)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -81,7 +102,8 @@ def train(
             student.config.use_cache = use_cache  # the trainer switches it off
             progress.close()
             events.close()
-    return history_of(trainer.state.log_history)
+    alarms.check()
+    return log_of(trainer.state.log_history)
 
 
 def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:

@@ -13,6 +13,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from trt_kd.config import StrictModel
+from trt_kd.training.alarms import AlarmName
+from trt_kd.training.monitors import MonitorConfig
 
 
 class Schedule(StrictModel):
@@ -38,6 +40,11 @@ class Schedule(StrictModel):
     """Steps that a kill costs at most; a checkpoint takes 12 bytes per parameter."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Order of the text, and the trainer's generators."""
+    monitor: MonitorConfig | None = MonitorConfig()
+    """Measurements on held-out text while training; null leaves them out."""
+    stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
+    """Alarms that stop the run with its checkpoint kept. No part of a run's identity: without it,
+    a stopped run goes on."""
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> Self:

@@ -20,6 +20,11 @@ from trt_kd.errors import TrtKdError
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
 from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.heldout import heldout_sums
+from trt_kd.training.history import MEASURED
+
+ObjectiveAt = Callable[[int], Objective]
+"""The objective of a step, counted from 0."""
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -43,15 +48,16 @@ class Blocks(Dataset[dict[str, Tensor]]):
 class _ObjectiveTrainer:
     """What both trainers share: order of data, loss, log. Mixed in before a trainer of ModelOpt."""
 
-    objective: Objective
+    objective_at: ObjectiveAt
     head_dtype: torch.dtype
 
-    def start(self, objective: Objective, head_dtype: torch.dtype) -> None:
+    def start(self, objective_at: ObjectiveAt, head_dtype: torch.dtype) -> None:
         """Set what to minimize and the dtype of the head's matrix products."""
-        self.objective = objective
+        self.objective_at = objective_at
         self.head_dtype = head_dtype
         self.model_accepts_loss_kwargs = True  # the token count comes as num_items_in_batch
         self._sums: dict[str, Tensor] = {}
+        self._heldout_rows: list[Callable[[slice], Tensor | TopK] | None] = []
         self._mark = time.monotonic()
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -82,16 +88,17 @@ class _ObjectiveTrainer:
         if return_outputs:
             raise ValueError("this trainer trains only; evaluate the saved checkpoint")
         trainer: Any = self
+        objective = self.objective_at(trainer.state.global_step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
         with trainer._liger_identity_lm_head():
             hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
-        teacher = self._teacher_rows(tokens_BL, mask_BK)
+        teacher = self._teacher_rows(tokens_BL, mask_BK) if objective.response_weight else None
         student = trainer.accelerator.unwrap_model(trainer.model)
 
         def summed() -> tuple[Tensor, Tensor, Tensor]:
             return head_loss(
-                self.objective,
+                objective,
                 hidden_BLD[:, :-1][mask_BK],
                 linear_head(student),
                 labels_BK[mask_BK],
@@ -102,17 +109,66 @@ class _ObjectiveTrainer:
         total, task, response = trainer._sharded_liger_compute(summed)
         count = mask_BK.sum() if num_items_in_batch is None else num_items_in_batch
         self._note("loss", total.detach() / count)
-        if self.objective.task_weight:
+        if objective.task_weight:
             self._note("task_nats_per_token", task / count)
-        if self.objective.response_weight:
+        if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
 
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
+    @torch.no_grad()
+    def measure(self, blocks: NDArray[np.int64], batch_size: int) -> dict[str, float]:
+        """Task loss and entropy of the student on ``blocks`` ``[N, L]``, in nats per token.
+
+        With a teacher also the divergence from it and the share of tokens at which both find the
+        same token likeliest. The teacher runs once: give the same blocks every time.
+        """
+        trainer: Any = self
+        model = trainer.model_wrapped
+        sums, training = torch.zeros(4, dtype=torch.float64), model.training
+        model.eval()
+        for number, start in enumerate(range(0, len(blocks), batch_size)):
+            tokens_BL = torch.from_numpy(blocks[start : start + batch_size]).to(trainer.args.device)
+            mask_BK = torch.ones_like(tokens_BL[:, 1:], dtype=torch.bool)
+            with trainer._liger_identity_lm_head():
+                hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
+            if number == len(self._heldout_rows):
+                self._heldout_rows.append(self._teacher_rows(tokens_BL, mask_BK))
+            sums += self._heldout_sums(hidden_BLD, tokens_BL, self._heldout_rows[number]).cpu()
+        model.train(training)
+        task, entropy, divergence, agreement = (sums / blocks[:, 1:].size).tolist()
+        found = {
+            "heldout_task_nats_per_token": task,
+            "heldout_entropy_nats_per_token": entropy,
+        }
+        if self._heldout_rows[0] is not None:
+            found["heldout_kl_nats_per_token"] = divergence
+            found["heldout_top1_agreement"] = agreement
+        return found
+
+    def _heldout_sums(
+        self,
+        hidden_BLD: Tensor,
+        tokens_BL: Tensor,
+        teacher: Callable[[slice], Tensor | TopK] | None,
+    ) -> Tensor:
+        trainer: Any = self
+        student = trainer.accelerator.unwrap_model(trainer.model)
+
+        def summed() -> Tensor:
+            return heldout_sums(
+                hidden_BLD[:, :-1].flatten(0, 1),
+                linear_head(student).cast(self.head_dtype),
+                tokens_BL[:, 1:].flatten(),
+                teacher,
+            )
+
+        return trainer._sharded_liger_compute(summed)  # type: ignore[no-any-return]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's terms, unrounded, and its duration.
+        """Add the step's terms, unrounded, its weights and its duration.
 
         Raises:
             TrtKdError: if a value is not finite.
@@ -122,10 +178,16 @@ class _ObjectiveTrainer:
             for name, value in self._sums.items():
                 logs[name] = float(trainer.accelerator.reduce(value, reduction="sum"))
             self._sums = {}
+            objective = self.objective_at(trainer.state.global_step - 1)
+            for term in ("task", "response"):
+                if f"{term}_nats_per_token" in logs:
+                    logs[f"{term}_weight"] = getattr(objective, f"{term}_weight")
             now = time.monotonic()
             logs["seconds"], self._mark = now - self._mark, now
-            self._check(logs, trainer.state.global_step)
+        self._check(logs, trainer.state.global_step)
         super().log(logs, start_time)  # type: ignore[misc]
+        if MEASURED in logs:
+            self._mark = time.monotonic()  # a step's duration is that of training alone
 
     @staticmethod
     def _check(logs: dict[str, float], step: int) -> None:
