@@ -61,6 +61,8 @@ class DistillConfig(Schedule, StageConfig):
     """Share of the label's mass that cross-entropy spreads over the vocabulary."""
     teacher: plugin_field(TEACHERS, Teacher) = OnlineTeacher()  # type: ignore[valid-type]
     """How the teacher's logits are had."""
+    allow_smaller_teacher: bool = False
+    """Learn from a teacher with fewer parameters than the student all the same."""
     data: DataConfig = DataConfig()
     """Training text; blocks are read in order, each once."""
 
@@ -73,6 +75,8 @@ class DistillConfig(Schedule, StageConfig):
             )
         if self.label_smoothing and not peak(self.task_weight):
             raise ValueError("label_smoothing has no effect: task_weight is 0")
+        if self.allow_smaller_teacher and not self.uses_teacher:
+            raise ValueError("allow_smaller_teacher has no effect: response_weight is 0")
         return self
 
     @model_validator(mode="after")
@@ -156,6 +160,7 @@ class DistillConfig(Schedule, StageConfig):
                 "label_smoothing": 0.0,
                 "loss": ForwardKL(),
                 "teacher": OnlineTeacher(),
+                "allow_smaller_teacher": False,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }
         )
@@ -177,6 +182,8 @@ def distill(
     check_teacher(config, has_teacher=teacher is not None)
     if teacher is not None:
         check_pair(student=student.path, teacher=teacher.path)
+        if not config.allow_smaller_teacher:
+            check_larger(student=student.path, teacher=teacher.path)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:
@@ -292,6 +299,20 @@ def check_pair(*, student: Path, teacher: Path) -> None:
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",
             hint="token distillation needs one tokenizer: prune the student from this teacher",
+        )
+
+
+def check_larger(*, student: Path, teacher: Path) -> None:
+    """Check that the teacher has at least as many parameters as the student.
+
+    Raises:
+        ModelError: if it has fewer: most often the two were given the wrong way round.
+    """
+    small, large = read_shape(student).parameters, read_shape(teacher).parameters
+    if small > large:
+        raise ModelError(
+            f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
+            hint="give them the other way round, or set allow_smaller_teacher=true",
         )
 
 

@@ -25,7 +25,7 @@ Need: TypeAlias = Literal["monitor", "response", "features"]
 Row: TypeAlias = Mapping[str, float]
 Rows: TypeAlias = Sequence[Row]
 
-WINDOW = 64
+WINDOW = 256
 """Newest rows that an alarm sees, beside the very first one."""
 BLOCK = 10
 """Steps of which a median is taken before steps are compared."""
@@ -206,11 +206,9 @@ def _values(rows: Rows, name: str) -> list[float]:
 
 
 def _risen(values: Sequence[float], factor: float) -> bool:
-    """Whether the median of the newest block lies above ``factor`` times the lowest before it."""
-    if len(values) < 2 * BLOCK:
-        return False
-    before = [median(values[n : n + BLOCK]) for n in range(len(values) - 2 * BLOCK + 1)]
-    return median(values[-BLOCK:]) > factor * min(before)
+    """Whether the median of the newest block lies above ``factor`` times the lowest block's."""
+    blocks = [median(values[end - BLOCK : end]) for end in range(len(values), BLOCK - 1, -BLOCK)]
+    return len(blocks) > 1 and blocks[0] > factor * min(blocks)
 
 
 def _early_and_late(row: Row) -> tuple[float, float]:

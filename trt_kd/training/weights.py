@@ -33,6 +33,8 @@ class WeightSchedule(StrictModel):
             raise ValueError("steps and share both say how long the way is: give one")
         if self.kind == "warmup" and self.start is not None:
             raise ValueError("start has no effect: a warmup rises from zero")
+        if self.kind != "warmup" and self.steps == 1:
+            raise ValueError("a ramp has a first and a last step: steps must be at least 2")
         if self.end == (self.start or 0.0):
             raise ValueError(f"start and end are both {self.end:g}: write the plain number")
         return self
@@ -45,10 +47,10 @@ class WeightSchedule(StrictModel):
         """
         if not 0 <= step < total:
             raise ValueError(f"step {step} is none of 0 to {total - 1}")
-        way = self.steps or max(1, math.ceil((self.share or 1.0) * total))
+        way = self.steps or math.ceil((self.share or 1.0) * total)
         if self.kind == "warmup":
             return self.end * min(1.0, (step + 1) / way)
-        done = 1.0 if step >= way - 1 else step / (way - 1)
+        done = min(1.0, step / max(1, way - 1))
         if self.kind == "cosine":
             done = (1.0 - math.cos(math.pi * done)) / 2
         start = self.start or 0.0
