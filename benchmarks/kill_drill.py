@@ -142,7 +142,7 @@ def attempt(
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        os._exit(child_run(given, config, out))
+        child_run(given, config, out)
     end = time.monotonic() + (limit_s if delay is None else delay)
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -159,18 +159,19 @@ def attempt(
     return (out / "trt_kd.json").is_file()  # the kill came after the last renaming
 
 
-def child_run(given: argparse.Namespace, config: DistillConfig, out: Path) -> int:
-    """The work of a child; its exit code."""
+def child_run(given: argparse.Namespace, config: DistillConfig, out: Path) -> None:
+    """The work of a child, which ends here: a fork must not run on in its parent's code."""
     import traceback
 
     with log_of(out).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             roles = {name: Artifact.open(getattr(given, name)) for name in ("student", "teacher")}
             distill(config, **roles, out=out)
-        except BaseException:  # a fork must not run on in its parent's code
+            os._exit(0)
+        finally:
             traceback.print_exc()
-            return 1
-    return 0
+            log.flush()
+            os._exit(1)
 
 
 def log_of(out: Path) -> Path:
@@ -212,12 +213,12 @@ def table(results: list[dict[str, Any]]) -> str:
         "| Teacher | Kills | Runs finished | Same weights and losses | Largest difference (nats) |",
         "|:--|--:|--:|:--|--:|",
     ]
-    for row in results:
-        lines.append(
-            f"| {row['name']} | {row['kills']} | {row['finished_runs']} "
-            f"| {'yes' if row['identical'] else 'NO'} "
-            f"| {row['largest_loss_difference_nats_per_token']:g} |"
-        )
+    lines += [
+        f"| {row['name']} | {row['kills']} | {row['finished_runs']} "
+        f"| {'yes' if row['identical'] else 'NO'} "
+        f"| {row['largest_loss_difference_nats_per_token']:g} |"
+        for row in results
+    ]
     return "\n".join(lines)
 
 

@@ -104,8 +104,9 @@ def history(artifact):
 
 
 def losses(artifact):
-    timeless = {"seconds"}
-    return [{k: v for k, v in row.items() if k not in timeless} for row in history(artifact)]
+    measured = (artifact.path / "monitors.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [*history(artifact), *map(json.loads, measured)]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
 
 
 def first_batch(config, student):

@@ -5,6 +5,7 @@ from trt_kd.reporting.model import Report
 from trt_kd.reporting.page import environment_rows, recipe_text
 from trt_kd.reporting.readings import verdict_sentence
 from trt_kd.reporting.tables import comparison, markdown, plain
+from trt_kd.reporting.training_figure import alarm_table, training_sentence
 
 
 def report_markdown(report: Report) -> str:
@@ -21,6 +22,7 @@ def report_markdown(report: Report) -> str:
     parts += [f"## {title}\n\n{markdown(table)}" for title, table in sections if table.rows]
     parts += _cut(report)
     parts += _search(report)
+    parts += _training(report)
     sections = [
         ("What each stage cost and gave back", details.stage_costs(report)),
         ("Every workload", details.workloads(report)),
@@ -78,4 +80,17 @@ def _search(report: Report) -> list[str]:
         *(f"{plain(text)}\n" for text in search_tables.paragraphs(search)),
         *(f"{plain(sentence)}\n" for sentence in search.missing),
         *(f"### {title}\n\n{markdown(table)}" for title, table in tables if table.rows),
+    ]
+
+
+def _training(report: Report) -> list[str]:
+    """How the student was trained, or nothing."""
+    training = report.training
+    if training is None:
+        return []
+    alarms = alarm_table(training)
+    return [
+        f"## Training\n\n{plain(training_sentence(training))}\n",
+        *(f"{plain(sentence)}\n" for sentence in training.missing),
+        *([f"### Alarms\n\n{markdown(alarms)}"] if alarms.rows else []),
     ]

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from trt_kd.reporting.record import Record
 from trt_kd.reporting.search_model import SizeSearch
+from trt_kd.reporting.training_model import Training
 
 Role = Literal[
     "teacher", "teacher_quantized", "pruned", "cross_entropy", "student", "student_quantized"
@@ -319,6 +320,8 @@ class Report(Record):
     """What was cut; null where nothing was pruned or the model before is not in the report."""
     search: SizeSearch | None = None
     """How the sizes were chosen; null where they were given."""
+    training: Training | None = None
+    """How the student was trained; null where it was not."""
     gates: list[GateResult] = []
     """The limits of the recipe, in its order."""
     environment: dict[str, Any] = {}

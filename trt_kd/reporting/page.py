@@ -13,6 +13,7 @@ from trt_kd.reporting.model import Report
 from trt_kd.reporting.pruning_figure import layer_figure
 from trt_kd.reporting.readings import headline, verdict_sentence
 from trt_kd.reporting.search_figure import search_figures
+from trt_kd.reporting.training_figure import alarm_table, training_figure, training_sentence
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -33,6 +34,7 @@ def page(report: Report) -> str:
         figures=[(drawing.text, Markup(drawing.svg)) for drawing in figures(report)],
         cut=_cut(report),
         search=_search(report),
+        training=_training(report),
         workloads=details.workloads(report),
         costs=details.stage_costs(report),
         exports=details.exports(report),
@@ -75,6 +77,22 @@ def _search(report: Report) -> dict[str, Any] | None:
         "tournament": search_tables.tournament(search),
         "missing": search.missing,
         "figures": [(drawing.text, Markup(drawing.svg)) for drawing in search_figures(search)],
+    }
+
+
+def _training(report: Report) -> dict[str, Any] | None:
+    """Sentence, figure and alarms of the training."""
+    from markupsafe import Markup
+
+    training = report.training
+    if training is None:
+        return None
+    drawing = training_figure(training)
+    return {
+        "sentence": training_sentence(training),
+        "alarms": alarm_table(training),
+        "missing": training.missing,
+        "figure": (drawing.text, Markup(drawing.svg)) if drawing else None,
     }
 
 

@@ -94,6 +94,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
     from trt_kd.reporting import collect
     from trt_kd.reporting.pruning import pruning_of
     from trt_kd.reporting.search import search_of
+    from trt_kd.reporting.training import training_of
     from trt_kd.reporting.verdicts import decide, overall
 
     sources = collect.sort_inputs(inputs)
@@ -108,6 +109,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
         exports=collect.export_rows(sources),
         pruning=pruning_of(sources, rows),
         search=search_of(sources),
+        training=training_of(sources),
         environment=collect.environment_of(sources),
         recipe=config.recipe,
         lineage=collect.lineage(inputs),

@@ -193,6 +193,11 @@ class _ObjectiveTrainer:
     def _check(logs: dict[str, float], step: int) -> None:
         for name, value in logs.items():
             if not math.isfinite(value):
+                if step == 0:
+                    raise TrtKdError(
+                        f"before any training {name} is {value}",
+                        hint="student or teacher is damaged, NaN in its weights: make it again",
+                    )
                 raise TrtKdError(
                     f"training diverged at step {step}: {name} is {value}",
                     hint="set a smaller learning_rate, more warmup_steps or precision: fp32",
