@@ -67,7 +67,7 @@ def checkpoint(tmp_path, make_model, tokenizer_dir):
 
 @pytest.fixture
 def refusal(own_settings, teacher, text_file, tmp_path):
-    """Both lines that distilling with these settings ends with, and the steps of its checkpoints."""
+    """Both lines that distilling with these settings ends with, and the checkpoints it keeps."""
 
     def run(*settings, student=teacher, source=teacher):
         out = tmp_path / "runs" / "out"
@@ -117,8 +117,8 @@ def test_a_teacher_smaller_than_the_student(refusal, checkpoint):
 def test_weights_that_are_no_numbers(refusal, checkpoint, role, teacher_kind, monitor):
     damaged = checkpoint("damaged", nan_in="model.layers.1.mlp.down_proj.weight")
     what, hint, kept = refusal(f"teacher={teacher_kind}", monitor, **{role: damaged})
-    assert "nan" in what or "not finite" in what
-    assert "NaN" in hint or "learning_rate" in hint
+    assert "logits are not finite" in what or "log-probabilities are not finite" in what
+    assert "NaN" in hint
     assert kept == []
 
 

@@ -67,7 +67,7 @@ def check_linear_head(model: Any, role: str) -> None:
     """Check that logits are a linear map of hidden states and nothing after it.
 
     Raises:
-        ModelError: if the head is none, or its output is scaled or capped.
+        ModelError: if the head is none, its output is scaled or capped, or logits are not finite.
     """
     head = model.get_output_embeddings()
     seen: list[Tensor] = []
@@ -79,6 +79,11 @@ def check_linear_head(model: Any, role: str) -> None:
                 logits = model(input_ids=tokens_BL, use_cache=False).logits
         finally:
             hook.remove()
+    if seen and not bool(seen[0].isfinite().all()):
+        raise ModelError(
+            f"the {role}'s logits are not finite",
+            hint="its weights are damaged, NaN or infinity among them: make it again",
+        )
     if len(seen) != 1 or not torch.equal(seen[0].to(logits.dtype), logits):
         raise ModelError(
             f"the {role}'s logits ({model.config.model_type}) are not those of a linear head",
