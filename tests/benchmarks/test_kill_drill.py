@@ -50,7 +50,9 @@ def drill(student, teacher, text_file):
             cwd=SCRIPT.parents[1],
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        *table, last = done.stdout.splitlines()
+        *before, last = done.stdout.splitlines()
+        table = [line for line in before if line.startswith("|")]
+        assert len(table) == 2 + len(json.loads(last)["results"])
         assert len({line.count("|") for line in table}) == 1
         return json.loads(last)["results"]
 
