@@ -1,6 +1,10 @@
-"""Knowledge-distillation losses on logits. To add one: write a module here, add one line below."""
+"""Knowledge-distillation losses on logits and on features, and projectors between features.
+
+To add one: write a module here, add one line to its table below.
+"""
 
 from trt_kd.losses.base import KDLoss
+from trt_kd.losses.features.base import FeatureLoss, Projector
 from trt_kd.registry import Registry
 
 LOSSES: Registry[type[KDLoss]] = Registry(
@@ -17,5 +21,34 @@ LOSSES: Registry[type[KDLoss]] = Registry(
         "adaptive_kl": "trt_kd.losses.adaptive:AdaptiveKL",
         "dkd": "trt_kd.losses.dkd:DecoupledKD",
         "mft": "trt_kd.losses.mft:Minifinetuning",
+    },
+)
+
+FEATURE_LOSSES: Registry[type[FeatureLoss]] = Registry(
+    "feature loss",
+    {
+        "mse": "trt_kd.losses.features.tokens:MeanSquaredError",
+        "cosine": "trt_kd.losses.features.tokens:Cosine",
+        "logsum": "trt_kd.losses.features.tokens:LogSum",
+        "hint": "trt_kd.losses.features.tokens:Hint",
+        "crd": "trt_kd.losses.features.contrastive:ContrastiveRepresentation",
+        "pkd": "trt_kd.losses.features.sequences:PatientKD",
+        "attention_transfer": "trt_kd.losses.features.sequences:AttentionTransfer",
+        "nst": "trt_kd.losses.features.sequences:NeuronSelectivityTransfer",
+        "pkt": "trt_kd.losses.features.relations:ProbabilisticTransfer",
+        "gram": "trt_kd.losses.features.relations:Gram",
+        "rkd_distance": "trt_kd.losses.features.relations:RelationalDistance",
+        "rkd_angle": "trt_kd.losses.features.relations:RelationalAngle",
+        "minilm": "trt_kd.losses.features.relations:MiniLM",
+    },
+)
+
+PROJECTORS: Registry[type[Projector]] = Registry(
+    "projector",
+    {
+        "none": "trt_kd.losses.features.projectors:NoProjector",
+        "linear": "trt_kd.losses.features.projectors:LinearProjector",
+        "mlp": "trt_kd.losses.features.projectors:MlpProjector",
+        "orthogonal": "trt_kd.losses.features.projectors:OrthogonalProjector",
     },
 )

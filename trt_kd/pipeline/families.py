@@ -7,7 +7,7 @@ from trt_kd.backends import BACKENDS
 from trt_kd.data import DATA
 from trt_kd.evaluation import TASKS
 from trt_kd.exporters import EXPORTERS
-from trt_kd.losses import LOSSES
+from trt_kd.losses import FEATURE_LOSSES, LOSSES, PROJECTORS
 from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.quantization import FORMATS
 from trt_kd.registry import Registry
@@ -19,6 +19,8 @@ FAMILIES: list[Registry[Any]] = [
     AXES,
     IMPORTANCE,
     LOSSES,
+    FEATURE_LOSSES,
+    PROJECTORS,
     TEACHERS,
     FORMATS,
     EXPORTERS,

@@ -1,0 +1,1 @@
+"""Losses between what layers of student and teacher say, and the projectors between them."""
