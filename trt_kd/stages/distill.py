@@ -3,7 +3,7 @@
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -25,6 +25,7 @@ from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.alarms import ALARMS, Need
 from trt_kd.training.checkpointing import check_space, claim
+from trt_kd.training.features import with_pairs
 from trt_kd.training.history import TrainingLog, training_metrics, write_rows
 from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.schedule import Schedule
@@ -81,12 +82,28 @@ class DistillConfig(Schedule, StageConfig):
 
     @model_validator(mode="after")
     def _weights_arrive_in_time(self) -> Self:
-        for name in ("task_weight", "response_weight"):
-            weight = getattr(self, name)
+        weights = {"task_weight": self.task_weight, "response_weight": self.response_weight}
+        weights |= {f"features.{n}.weight": one.weight for n, one in enumerate(self.features)}
+        for name, weight in weights.items():
             if isinstance(weight, WeightSchedule) and (weight.steps or 0) > self.steps:
                 raise ValueError(
                     f"{name}.steps {weight.steps} must be at most steps {self.steps}; "
                     "write share: 1.0 for the whole run"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _features_can_be_read(self) -> Self:
+        if self.features and not self.teacher.shows_layers:
+            raise ValueError(
+                f"features need a teacher that runs beside the student; a {self.teacher.kind} one "
+                "has no layers to read: write teacher: online"
+            )
+        for number, feature in enumerate(self.features):
+            if (feature.until_step or 0) >= self.steps:
+                raise ValueError(
+                    f"features.{number}.until_step {feature.until_step} must be below steps "
+                    f"{self.steps}: leave it out"
                 )
         return self
 
@@ -100,7 +117,7 @@ class DistillConfig(Schedule, StageConfig):
 
     @model_validator(mode="after")
     def _teacher_gives_what_the_loss_needs(self) -> Self:
-        problem = self.teacher.problem(self.loss) if self.uses_teacher else None
+        problem = self.teacher.problem(self.loss) if peak(self.response_weight) else None
         if problem:
             losses = [LOSSES.load(name)(kind=name) for name in LOSSES.names()]
             choices = [loss.kind for loss in losses if self.teacher.problem(loss) is None]
@@ -112,15 +129,16 @@ class DistillConfig(Schedule, StageConfig):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether any step compares the student with a teacher."""
-        return peak(self.response_weight) > 0
+        """Whether any step compares the student with a teacher, at its logits or inside."""
+        return peak(self.response_weight) > 0 or bool(self.features)
 
     @property
     def has(self) -> frozenset[Need]:
         """What the run logs beside its loss."""
         found: dict[Need, bool] = {
             "monitor": self.monitor is not None,
-            "response": self.uses_teacher,
+            "response": peak(self.response_weight) > 0,
+            "features": bool(self.features),
         }
         return frozenset(need for need, there in found.items() if there)
 
@@ -146,6 +164,7 @@ class DistillConfig(Schedule, StageConfig):
                 "task_weight": over_whole_run(self.task_weight),
                 "response_weight": over_whole_run(self.response_weight),
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
+                "features": [feature.rehearsal() for feature in self.features],
                 "stop_on": [],
             }
         )
@@ -161,6 +180,7 @@ class DistillConfig(Schedule, StageConfig):
                 "loss": ForwardKL(),
                 "teacher": OnlineTeacher(),
                 "allow_smaller_teacher": False,
+                "features": [],
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }
         )
@@ -180,10 +200,12 @@ def distill(
         TrtKdError: if the loss stops being finite.
     """
     check_teacher(config, has_teacher=teacher is not None)
+    training = config
     if teacher is not None:
         check_pair(student=student.path, teacher=teacher.path)
         if not config.allow_smaller_teacher:
             check_larger(student=student.path, teacher=teacher.path)
+        training = _with_pairs(config, student, teacher)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:
@@ -202,7 +224,7 @@ def distill(
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
         log = train_student(
-            config, model, blocks, teacher.path if teacher else None, work, heldout=heldout
+            training, model, blocks, teacher.path if teacher else None, work, heldout=heldout
         )
         _save(model, student.path, draft.path)
         write_rows(log.steps, draft.path / "history.jsonl")
@@ -261,6 +283,12 @@ def train_student(
         if isinstance(teacher, Path)
         else teacher
     )
+    if config.features:
+        from trt_kd.training.similarity import by_similarity
+
+        beside = cast("PreTrainedModel", targets)
+        features = by_similarity(config.features, model, beside, blocks, work)
+        config = config.model_copy(update={"features": features})
     text = Text(blocks, heldout)
     return train(model, targets, text, objective_at=objective_at, schedule=config, work=work)
 
@@ -272,9 +300,11 @@ def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
         ConfigError: if it is not so.
     """
     if config.uses_teacher and not has_teacher:
+        weight = peak(config.response_weight)
+        what = f"response_weight {weight:g} needs" if weight else "features need"
         raise ConfigError(
-            f"response_weight {peak(config.response_weight):g} needs a teacher and none is given",
-            hint="give one, or set response_weight=0 and task_weight=1",
+            f"{what} a teacher and none is given",
+            hint="give one, or set response_weight=0 and task_weight=1, without features",
         )
     if has_teacher and not config.uses_teacher:
         raise ConfigError(
@@ -314,6 +344,13 @@ def check_larger(*, student: Path, teacher: Path) -> None:
             f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
             hint="give them the other way round, or set allow_smaller_teacher=true",
         )
+
+
+def _with_pairs(config: DistillConfig, student: Artifact, teacher: Artifact) -> DistillConfig:
+    """The settings with the layers of every feature written out, but for those to be measured."""
+    shapes = read_shape(student.path), read_shape(teacher.path)
+    kept: Any = student.metrics.get("kept_layers")
+    return config.model_copy(update={"features": with_pairs(config.features, *shapes, kept)})
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from typing_extensions import Self
 
@@ -23,6 +23,9 @@ Precision = Literal["bf16", "fp32"]
 
 class Teacher(Plugin, ABC):
     """Turns a checkpoint into what the student imitates."""
+
+    shows_layers: ClassVar[bool] = False
+    """Whether the teacher runs beside the student, so that its layers can be read."""
 
     @abstractmethod
     def targets(

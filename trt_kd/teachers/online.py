@@ -1,7 +1,7 @@
 """The teacher runs beside the student and sees every batch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trt_kd.checkpoints import load_model
 from trt_kd.teachers.base import Precision, Teacher
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 class OnlineTeacher(Teacher):
     """Run the teacher's forward pass in every step."""
+
+    shows_layers: ClassVar[bool] = True
 
     kind: Literal["online"] = "online"
     """Name in the registry."""

@@ -90,9 +90,14 @@ def training_metrics(log: TrainingLog, tokens: int) -> dict[str, Metric]:
 
 
 def final_losses(history: list[Row]) -> dict[str, float]:
-    """Mean of every loss over those of the last steps that have it, in nats per token."""
+    """Mean of every loss over those of the last steps that have it, per token."""
     last = history[-FINAL_STEPS:]
-    names = dict.fromkeys(n for row in last for n in row if n.endswith("_nats_per_token"))
+    names = dict.fromkeys(
+        name
+        for row in last
+        for name in row
+        if name.endswith("_nats_per_token") or name.startswith("feature_")
+    )
     found = {name: [row[name] for row in last if name in row] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items()}
 

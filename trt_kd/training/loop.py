@@ -20,6 +20,7 @@ from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.trainer import (
@@ -81,6 +82,9 @@ def train(
             "train_dataset": Blocks(text.blocks),
             "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
         }
+        features = terms_of(schedule, student, teacher)
+        if features is not None:  # its file belongs to a checkpoint: before the marker
+            settings["callbacks"].insert(0, KeepFeatures(features, checkpoints))
         if teacher is None:
             trainer: Any = TaskTrainer(**settings)
         elif isinstance(teacher, Cache):
@@ -96,6 +100,8 @@ def train(
         if schedule.monitor is not None and text.heldout is not None:
             trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout))
         resume = newest_complete(checkpoints)
+        if features is not None:
+            trainer.features = features.resumed(resume).to(trainer.args.device)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:

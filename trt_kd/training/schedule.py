@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from trt_kd.config import StrictModel
 from trt_kd.training.alarms import AlarmName
+from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
 
 
@@ -42,6 +43,8 @@ class Schedule(StrictModel):
     """Order of the text, and the trainer's generators."""
     monitor: MonitorConfig | None = MonitorConfig()
     """Measurements on held-out text while training; null leaves them out."""
+    features: list[Feature] = []
+    """Losses between layers of student and teacher, beside the one between their logits."""
     stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
     """Alarms that stop the run with its checkpoint kept. No part of a run's identity: without it,
     a stopped run goes on."""

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, L positions, T valid tokens, D hidden size, V vocab
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from trt_kd.errors import TrtKdError
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
+from trt_kd.training.feature_terms import Both, FeatureTerms
 from trt_kd.training.head import Head, Objective, head_loss
 from trt_kd.training.heldout import heldout_sums
 from trt_kd.training.history import MEASURED
@@ -50,6 +52,7 @@ class _ObjectiveTrainer:
 
     objective_at: ObjectiveAt
     head_dtype: torch.dtype
+    features: FeatureTerms | None = None
 
     def start(self, objective_at: ObjectiveAt, head_dtype: torch.dtype) -> None:
         """Set what to minimize and the dtype of the head's matrix products."""
@@ -88,12 +91,15 @@ class _ObjectiveTrainer:
         if return_outputs:
             raise ValueError("this trainer trains only; evaluate the saved checkpoint")
         trainer: Any = self
-        objective = self.objective_at(trainer.state.global_step)
+        step = trainer.state.global_step
+        objective = self.objective_at(step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
-        with trainer._liger_identity_lm_head():
-            hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
-        teacher = self._teacher_rows(tokens_BL, mask_BK) if objective.response_weight else None
+        with self._reading(step) as both:
+            with trainer._liger_identity_lm_head():
+                hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
+            runs = objective.response_weight or both is not None
+            teacher = self._teacher_rows(tokens_BL, mask_BK) if runs else None
         student = trainer.accelerator.unwrap_model(trainer.model)
 
         def summed() -> tuple[Tensor, Tensor, Tensor]:
@@ -102,18 +108,49 @@ class _ObjectiveTrainer:
                 hidden_BLD[:, :-1][mask_BK],
                 linear_head(student),
                 labels_BK[mask_BK],
-                teacher=teacher,
+                teacher=teacher if objective.response_weight else None,
                 dtype=self.head_dtype,
             )
 
         total, task, response = trainer._sharded_liger_compute(summed)
         count = mask_BK.sum() if num_items_in_batch is None else num_items_in_batch
+        if both is not None:
+            total = self._with_features(total, both, mask_BK, count)
         self._note("loss", total.detach() / count)
         if objective.task_weight:
             self._note("task_nats_per_token", task / count)
         if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _reading(self, step: int) -> AbstractContextManager[Both | None]:
+        """Read what the features of ``step`` need of both models' next forward passes."""
+        if self.features is None or not self.features.at(step):
+            return nullcontext()
+        trainer: Any = self
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        return self.features.reading(student, trainer._get_unwrapped_teacher(), step)
+
+    def _with_features(
+        self, total: Tensor, both: Both, mask_BK: Tensor, count: Tensor | int
+    ) -> Tensor:
+        """Add the features to the sum over the tokens, or let them take its place."""
+        trainer: Any = self
+        features: Any = self.features
+        step = trainer.state.global_step
+        weighted, sums = features.sums(both, mask_BK, step)
+        for name, value in sums.items():
+            self._note(name, value / count)
+        return total * (0.0 if features.alone(step) else 1.0) + weighted  # type: ignore[no-any-return]
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """The student's optimizer, with the projectors in a group without weight decay."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer()  # type: ignore[misc]
+        extra = [] if self.features is None else list(self.features.parameters())
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if extra and id(extra[0]) not in known:
+            optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
+        return optimizer
 
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value

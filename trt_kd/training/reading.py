@@ -1,0 +1,83 @@
+"""What chosen layers say during a forward pass, read by hooks that are gone after it.
+
+Shape suffixes: B sequences, L positions, D width, H heads.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trt_kd.architectures import architecture_of
+from trt_kd.errors import ModelError
+from trt_kd.losses.features.base import Reading
+
+Seen = dict[tuple[int, Reading], Tensor]
+"""``[B, L, D]`` by layer and what is read of it."""
+
+
+@contextmanager
+def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> Iterator[Seen]:
+    """Fill what is yielded with what ``wanted`` layers of ``model`` say in the next forward pass.
+
+    States are a layer's output, with the residual stream. Queries, keys and values are those that
+    its attention takes, normalized and rotated where the model does so, heads side by side.
+
+    Raises:
+        ModelError: if attention is wanted and is not run by a function that can be watched.
+    """
+    seen: Seen = {}
+    layers = architecture_of(model.config.model_type).layers(model)
+    with ExitStack() as stack:
+        for layer in {layer for layer, what in wanted if what == "states"}:
+            hook = layers[layer].register_forward_hook(_keep_states(seen, layer))
+            stack.callback(hook.remove)
+        watched = {
+            id(module): layer
+            for layer in {layer for layer, what in wanted if what != "states"}
+            for module in layers[layer].modules()
+        }
+        if watched:
+            stack.enter_context(_attention(model, watched, seen))
+        yield seen
+
+
+def _keep_states(seen: Seen, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen[layer, "states"] = output[0] if isinstance(output, tuple) else output
+
+    return keep
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, watched: dict[int, int], seen: Seen) -> Iterator[None]:
+    """Put a function that keeps its arguments before the one that computes attention."""
+    table: Any = ALL_ATTENTION_FUNCTIONS
+    name = model.config._attn_implementation
+    if name not in table:
+        raise ModelError(
+            f"the attention of {model.config.model_type} runs as {name!r}, whose queries and keys "
+            "cannot be read",
+            hint="take a feature loss on states instead",
+        )
+    plain = table[name]
+
+    def keep(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        layer = watched.get(id(module))
+        if layer is not None:
+            for what, heads_BHLD in (("queries", query), ("keys", key), ("values", value)):
+                seen[layer, what] = heads_BHLD.transpose(1, 2).flatten(2)  # type: ignore[index]
+        return plain(module, query, key, value, *rest, **more)
+
+    own = dict(table._local_mapping)
+    table[name] = keep
+    try:
+        yield
+    finally:
+        table._local_mapping.clear()
+        table._local_mapping.update(own)
