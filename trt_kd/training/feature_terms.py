@@ -207,8 +207,9 @@ class KeepFeatures(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the step into the memories."""
+        """Take the step into the memories; the trainer clears the student's gradients only."""
         self.terms.remember()
+        self.terms.zero_grad()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

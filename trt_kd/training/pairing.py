@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import Self
 
 from trt_kd.config import StrictModel
+from trt_kd.data.base import DataConfig
 from trt_kd.errors import ConfigError
 
 Pair = tuple[int, int]
@@ -54,6 +55,13 @@ class Pairing(StrictModel):
                 hint=f"set count to at most {depth}",
             )
         return spread(depth, count)
+
+
+class Comparison(Pairing):
+    """What ``trt-kd layers`` measures on, and which pairs it judges."""
+
+    data: DataConfig = DataConfig()
+    """Text of the models' training."""
 
 
 def default_count(depth: int) -> int:
