@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from trt_kd.exporters.ort_genai import OrtGenai
+from trt_kd.exporters.trtllm_checkpoint import TrtllmCheckpoint
 
-FIXTURES = {"ort-genai": "ort_export"}
+FIXTURES = {"ort-genai": "ort_export", "trtllm-checkpoint": "trtllm_checkpoint"}
 """Which fixture makes a backend's export; the others load a stock checkpoint."""
 
 
@@ -18,6 +19,15 @@ def ort_export(teacher, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "ort"
     out.mkdir()
     OrtGenai(precision="fp32").export(teacher, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def trtllm_checkpoint(teacher, tmp_path_factory) -> Path:
+    """The tiny teacher as a TensorRT-LLM checkpoint of four ranks."""
+    out = tmp_path_factory.mktemp("exports") / "trtllm"
+    out.mkdir()
+    TrtllmCheckpoint(tensor_parallel=2, pipeline_parallel=2).export(teacher, out)
     return out
 
 

@@ -16,5 +16,6 @@ BACKENDS: Registry["type[Backend]"] = Registry(
         "transformers": "trt_kd.backends.transformers:TransformersBackend",
         "ort-genai": "trt_kd.backends.ort_genai:OrtGenai",
         "hf-unified": "trt_kd.exporters.hf_unified_reader:HfUnifiedReader",
+        "trtllm-checkpoint": "trt_kd.exporters.trtllm_reader:TrtllmReader",
     },
 )

@@ -15,5 +15,6 @@ EXPORTERS: Registry["type[Exporter]"] = Registry(
     {
         "hf-unified": "trt_kd.exporters.hf_unified:HfUnified",
         "ort-genai": "trt_kd.exporters.ort_genai:OrtGenai",
+        "trtllm-checkpoint": "trt_kd.exporters.trtllm_checkpoint:TrtllmCheckpoint",
     },
 )

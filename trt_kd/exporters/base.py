@@ -22,6 +22,10 @@ class Exporter(Plugin, ABC):
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
         """Problems with a source of this shape and kind, as text; needs no weights and no GPU."""
 
+    def check_source(self, source: Artifact) -> list[str]:
+        """Problems that ``config.json`` and the manifest tell and sizes alone do not, as text."""
+        return []
+
     @abstractmethod
     def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
         """Write ``source`` in this lane's format into the existing directory ``out``.

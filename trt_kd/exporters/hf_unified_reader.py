@@ -51,7 +51,7 @@ def read_model(directory: Path) -> "PreTrainedModel":
             that should not be, or the other way round, or a scale is not positive.
     """
     quantization = read_quantization(directory)
-    model: Any = _empty_model(read_json(directory / "config.json"), directory)
+    model: Any = empty_model(read_json(directory / "config.json"), directory)
     with open_tensors(directory) as tensors:
         left = set(tensors)
         if quantization is not None:
@@ -81,7 +81,7 @@ def weight_of(tensors: Tensors, module: str, algorithm: str) -> "Tensor":
         raise ModelError(f"the scales of {module} do not fit its weight: {error}") from error
 
 
-def _empty_model(config: Mapping[str, Any], directory: Path) -> Any:
+def empty_model(config: Mapping[str, Any], directory: Path) -> Any:
     """Build the stock architecture; its parameters hold no memory yet."""
     require("transformers", extra="compress")
     import torch

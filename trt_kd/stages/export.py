@@ -90,6 +90,7 @@ def _check(lane: Exporter, source: Artifact) -> None:
             f"{source.path} holds a {kind}, which is not exported",
             hint="export a checkpoint or a quantized model",
         )
-    if problems := lane.check(read_shape(source.path), kind):
+    shape = read_shape(source.path)
+    if problems := lane.check(shape, kind) or lane.check_source(source):
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ModelError(f"{source.path} cannot go to {lane.kind}:{lines}")

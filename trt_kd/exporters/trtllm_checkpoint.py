@@ -1,0 +1,203 @@
+"""Checkpoints of TensorRT-LLM up to 1.2, which ``trtllm-build`` turns into engines.
+
+Written here and not by Model Optimizer, whose exporter is deprecated and wrong with transformers
+5: it drops the rotary base and scaling, the settings of Qwen and the tie of the embeddings, and
+splits heads over ranks that do not divide them.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from trt_kd.architectures.shape import ModelShape, read_shape
+from trt_kd.artifacts import Artifact, Kind
+from trt_kd.artifacts.manifest import Metric
+from trt_kd.checkpoints import copy_tokenizer, portable_config, read_json, stored_dtype
+from trt_kd.errors import ModelError
+from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.trtllm_layout import (
+    ALGORITHMS,
+    Ranks,
+    checkpoint_config,
+    config_problems,
+    rank_problems,
+    shape_problems,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = ("generation_config.json",)
+_CAST_KL_NATS = 0.02
+"""What rounding float32 weights, or Gemma's 1 + w, to 16 bits may cost, mean nats per token."""
+
+
+class TrtllmCheckpoint(Exporter):
+    """A checkpoint for ``trtllm-build`` of TensorRT-LLM 1.2, unquantized, FP8 or INT8."""
+
+    kind: Literal["trtllm-checkpoint"] = "trtllm-checkpoint"
+    backend: ClassVar[str] = "trtllm-checkpoint"
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share every layer; heads, key-value heads and MLP channels must split over them."""
+    pipeline_parallel: PositiveInt = 1
+    """GPUs that take the layers in turn; their number must divide the layers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of all that is not quantized; ``auto`` keeps the source's."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """How the model is split."""
+        return Ranks(self.tensor_parallel, self.pipeline_parallel)
+
+    def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
+        """See the base class."""
+        if source_kind not in ("checkpoint", "quantized"):
+            return [f"{self.kind} takes a checkpoint or a quantized model, not a {source_kind}"]
+        if found := shape_problems(shape):
+            return found
+        return rank_problems(shape, self.ranks, low_bit=source_kind == "quantized")
+
+    def check_source(self, source: Artifact) -> list[str]:
+        """See the base class: rope, activation and the number format."""
+        found = config_problems(portable_config(read_json(source.path / "config.json")))
+        if source.manifest.kind == "quantized" and (kind := _format_kind(source)) not in ALGORITHMS:
+            known = ", ".join(ALGORITHMS)
+            found.append(f"format {kind} is not written by {self.kind}; those that are: {known}")
+        if self.dtype_of(source) not in ("float32", "bfloat16", "float16"):
+            found.append(f"weights in {self.dtype_of(source)} are not written: set dtype=bfloat16")
+        return found
+
+    def dtype_of(self, source: Artifact) -> str:
+        """Name of the torch dtype of what is not quantized."""
+        return stored_dtype(source.path) if self.dtype == "auto" else self.dtype
+
+    def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
+        """See the base class."""
+        if found := self.check_source(source):
+            raise ModelError(f"{source.path} cannot go to {self.kind}: {found[0]}")
+        config = portable_config(read_json(source.path / "config.json"))
+        shape = read_shape(source.path)
+        algorithm = kv_cache = None
+        if source.manifest.kind == "quantized":
+            algorithm = ALGORITHMS[_format_kind(source)]
+            kv_cache = "FP8" if _has_fp8_kv_cache(source) else None
+        quantization: dict[str, Any] = {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": kv_cache,
+            **({"exclude_modules": ["lm_head"]} if algorithm else {}),
+        }
+        dtype = self.dtype_of(source)
+        written = checkpoint_config(
+            config, shape, self.ranks, dtype=dtype, quantization=quantization
+        )
+        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+        (out / "config.json").write_text(text, encoding="utf-8")
+        self._write_weights(source, out, written)
+        keep_companions(source.path, out)
+        from trt_kd.exporters.trtllm_check import low_bit_share
+
+        return {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": kv_cache,
+            "ranks": self.ranks.world,
+            "realised_low_bit_share": low_bit_share(out),
+        }
+
+    def _write_weights(self, source: Artifact, out: Path, written: dict[str, Any]) -> None:
+        import torch
+
+        from trt_kd.exporters.hf_unified_files import open_tensors
+        from trt_kd.exporters.trtllm_writer import Source, write_ranks
+        from trt_kd.quantization.storage import QUANTIZERS
+
+        quantization = written["quantization"]
+        with ExitStack() as stack:
+            weights = stack.enter_context(open_tensors(source.path, leave_out=QUANTIZERS))
+            calibrated: Mapping[str, Tensor] = {}
+            if quantization["quant_algo"]:
+                calibrated = stack.enter_context(open_tensors(source.path, only=QUANTIZERS))
+            place = Source(
+                shape=read_shape(source.path),
+                ranks=self.ranks,
+                dtype=getattr(torch, written["dtype"]),
+                algorithm=quantization["quant_algo"],
+                kv_cache=quantization["kv_cache_quant_algo"] is not None,
+                weights=weights,
+                quantizers=calibrated,
+            )
+            write_ranks(place, out)
+
+    def problems(self, source: Artifact, out: Path) -> list[str]:
+        """See the base class: config, headers, weights, scales and companions."""
+        from trt_kd.exporters.trtllm_check import problems
+
+        limit = algorithm = None
+        if source.manifest.kind == "quantized":
+            from trt_kd.quantization.storage import format_of
+
+            limit = format_of(source).weight_error_limit
+            algorithm = ALGORITHMS[_format_kind(source)]
+        promised = {
+            "dtype": self.dtype_of(source),
+            "quant_algo": algorithm,
+            "tp_size": self.tensor_parallel,
+            "pp_size": self.pipeline_parallel,
+        }
+        return problems(source, out, promised, limit)
+
+    def kl_limit_nats(self, source: Artifact) -> float:
+        """See the base class: as for hf-unified, and what rounding to 16 bits may cost."""
+        dtype, stored = self.dtype_of(source), stored_dtype(source.path)
+        gemma = read_shape(source.path).model_type == "gemma2" and dtype != "float32"
+        cast = _CAST_KL_NATS if gemma or dtype not in (stored, "float32") else 0.0
+        if source.manifest.kind == "checkpoint":
+            return 1e-6 + cast
+        from trt_kd.quantization.storage import format_of
+
+        rounding = source.metrics.get("kl_to_source_nats")
+        allowed = 2 * rounding if isinstance(rounding, float) else 0.0
+        return format_of(source).export_kl_limit_nats + allowed + cast
+
+
+def keep_companions(source: Path, out: Path) -> None:
+    """Copy the tokenizer and the generation settings, which a checkpoint itself does not hold."""
+    copy_tokenizer(source, out)
+    for name in KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _format_kind(source: Artifact) -> str:
+    settings = source.manifest.config.get("format")
+    return str(settings.get("kind")) if isinstance(settings, dict) else str(settings)
+
+
+def _has_fp8_kv_cache(source: Artifact) -> bool:
+    """Whether calibration left FP8 ranges of keys and values.
+
+    Raises:
+        ModelError: if it left ranges of another format.
+    """
+    from trt_kd.exporters.hf_unified_files import open_tensors
+    from trt_kd.quantization.storage import QUANTIZERS, format_of
+
+    with open_tensors(source.path, only=QUANTIZERS) as calibrated:
+        if not any(name.endswith("k_bmm_quantizer._amax") for name in calibrated):
+            return False
+    bits = [
+        (entry.get("cfg") or {}).get("num_bits")
+        for entry in format_of(source).modelopt_config()["quant_cfg"]
+        if "bmm_quantizer" in str(entry.get("quantizer_name")) and entry.get("enable", True)
+    ]
+    if not bits or any(found != (4, 3) for found in bits):
+        raise ModelError(
+            f"{source.path}: a key-value cache of {bits} bits is not written",
+            hint="quantize with an FP8 cache or none",
+        )
+    return True
