@@ -146,9 +146,7 @@ TENSORS = {
     "weight scale of one rank": scaled(f"{DENSE}.weights_scaling_factor", 1.1, rank=1),
     "weight scale missing": tensors(lambda t: t.pop(f"{DENSE}.weights_scaling_factor")),
     "misspelt scale": tensors(
-        lambda t: t.update(
-            {f"{DENSE}.weight_scaling_factor": t.pop(f"{DENSE}.weights_scaling_factor")}
-        )
+        lambda t: t.update({f"{DENSE}.scaling_factor": t.pop(f"{DENSE}.weights_scaling_factor")})
     ),
     "weight missing": tensors(lambda t: t.pop(f"{DENSE}.weight")),
     "weight of another type": tensors(

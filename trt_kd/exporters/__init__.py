@@ -16,5 +16,6 @@ EXPORTERS: Registry["type[Exporter]"] = Registry(
         "hf-unified": "trt_kd.exporters.hf_unified:HfUnified",
         "ort-genai": "trt_kd.exporters.ort_genai:OrtGenai",
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_checkpoint:TrtllmCheckpoint",
+        "trtllm-engine": "trt_kd.exporters.trtllm_engine:TrtllmEngine",
     },
 )

@@ -26,6 +26,13 @@ class Exporter(Plugin, ABC):
         """Problems that ``config.json`` and the manifest tell and sizes alone do not, as text."""
         return []
 
+    def basis(self) -> "Exporter | None":
+        """Lane whose finished export this one is made from, instead of from the model itself.
+
+        It is written and verified first and stays beside ``out`` until this lane is done.
+        """
+        return None
+
     @abstractmethod
     def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
         """Write ``source`` in this lane's format into the existing directory ``out``.

@@ -18,6 +18,7 @@ from trt_kd.checkpoints import copy_tokenizer, make_portable, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
 from trt_kd.exporters.hf_unified_files import read_quantization
+from trt_kd.exporters.trtllm_commands import write_serving
 
 
 class HfUnified(Exporter):
@@ -42,7 +43,9 @@ class HfUnified(Exporter):
             _export_quantized(source.path, out)
         make_portable(out)
         quantization = read_quantization(out)
-        return {"quant_algo": quantization.algorithm if quantization else None}
+        algorithm = quantization.algorithm if quantization else None
+        write_serving(out, read_json(out / "config.json"), algorithm)
+        return {"quant_algo": algorithm}
 
     def problems(self, source: Artifact, out: Path) -> list[str]:
         """See the base class: configuration, tensors and dequantized weights against the source."""

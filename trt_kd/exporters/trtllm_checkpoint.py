@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = ("generation_config.json",)
+HF_CONFIG = "hf_config.json"
+"""The source's ``config.json``, which TensorRT-LLM's tools want beside the tokenizer."""
 _CAST_KL_NATS = 0.02
 """What rounding float32 weights, or Gemma's 1 + w, to 16 bits may cost, mean nats per token."""
 
@@ -168,6 +170,7 @@ class TrtllmCheckpoint(Exporter):
 def keep_companions(source: Path, out: Path) -> None:
     """Copy the tokenizer and the generation settings, which a checkpoint itself does not hold."""
     copy_tokenizer(source, out)
+    shutil.copyfile(source / "config.json", out / HF_CONFIG)
     for name in KEPT:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

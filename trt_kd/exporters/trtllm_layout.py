@@ -133,7 +133,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     wanted = "gelu_pytorch_tanh" if gemma else "silu"
     if (activation := _activation(config)) != wanted:
         found.append(f"activation {activation!r}: TensorRT-LLM's converter knows {wanted!r} here")
-    if gemma and not config.get("tie_word_embeddings"):
+    if gemma and not config.get("tie_word_embeddings", True):
         found.append("TensorRT-LLM ties the embeddings of every Gemma; this one's are not tied")
     return found
 

@@ -32,6 +32,20 @@ def source_logits(source: Artifact, blocks_NL: np.ndarray) -> list[np.ndarray]:
     return list(logits_of(load_source(source), blocks_NL))
 
 
+def check_files(lane: Exporter, source: Artifact, out: Path) -> None:
+    """Check what the files in ``out`` themselves say.
+
+    Raises:
+        VerificationError: if they disagree with ``source``.
+    """
+    if problems := lane.problems(source, out):
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise VerificationError(
+            f"{lane.kind} export: {len(problems)} problem(s) in the files written{lines}",
+            hint="the exporter and its source disagree; this is no fault of your recipe, report it",
+        )
+
+
 def verify(
     lane: Exporter,
     source: Artifact,
@@ -47,12 +61,7 @@ def verify(
         VerificationError: if the files disagree with the source, cannot be read back, or the
             logits are further away than the lane allows.
     """
-    if problems := lane.problems(source, out):
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise VerificationError(
-            f"{lane.kind} export: {len(problems)} problem(s) in the files written{lines}",
-            hint="the exporter and its source disagree; this is no fault of your recipe, report it",
-        )
+    check_files(lane, source, out)
     backend = BACKENDS.load(lane.backend).model_validate({"kind": lane.backend})
     try:
         with backend.load(out) as session:

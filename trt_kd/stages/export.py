@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
-from trt_kd.artifacts import Artifact, writing
+from trt_kd.artifacts import Artifact, claim_work, work_directory, work_key, writing
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig, plugin_field
 from trt_kd.data.base import DataConfig, token_blocks
@@ -16,6 +16,14 @@ from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
 
+PROVEN = (
+    "logits_kl_nats",
+    "logits_kl_limit_nats",
+    "logits_max_abs",
+    "top1_agreement",
+    "verified_tokens",
+)
+"""What the comparison with the source found."""
 WEIGHTS = (".safetensors", ".onnx", ".data", ".engine")
 
 
@@ -53,6 +61,8 @@ def export(config: ExportConfig, *, source: Artifact, out: Path) -> Artifact:
 
     lane: Exporter = config.lane
     _check(lane, source)
+    if (basis := lane.basis()) is not None:
+        return _export_on(basis, config, source, out)
     with writing(out, kind="export", config=config, inputs={"source": source}) as draft:
         start = perf_counter()
         blocks_NL = token_blocks(
@@ -71,6 +81,28 @@ def export(config: ExportConfig, *, source: Artifact, out: Path) -> Artifact:
             "logits_max_abs": difference.max_abs,
             "top1_agreement": difference.top1_agreement,
             "verified_tokens": difference.tokens,
+            "weight_bytes": weight_bytes(draft.path),
+            "seconds": perf_counter() - start,
+        }
+    return Artifact.open(out, expect="export")
+
+
+def _export_on(basis: Exporter, config: ExportConfig, source: Artifact, out: Path) -> Artifact:
+    """Export what is made from another lane's export, which stays in the work folder until then."""
+    from trt_kd.exporters.verification import check_files
+
+    lane: Exporter = config.lane
+    with writing(out, kind="export", config=config, inputs={"source": source}) as draft:
+        start = perf_counter()
+        work = claim_work(work_directory(out), work_key(config, {"source": source.key}))
+        folder = work / basis.kind
+        if not folder.is_dir():
+            export(config.model_copy(update={"lane": basis}), source=source, out=folder)
+        made = Artifact.open(folder, expect="export")
+        draft.metrics |= {key: made.metrics[key] for key in PROVEN}
+        draft.metrics |= lane.export(made, draft.path)
+        check_files(lane, made, draft.path)
+        draft.metrics |= {
             "weight_bytes": weight_bytes(draft.path),
             "seconds": perf_counter() - start,
         }
