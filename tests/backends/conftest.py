@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from trt_kd.exporters.onnx import Onnx
 from trt_kd.exporters.ort_genai import OrtGenai
 from trt_kd.exporters.trtllm_checkpoint import TrtllmCheckpoint
 
-FIXTURES = {"ort-genai": "ort_export", "trtllm-checkpoint": "trtllm_checkpoint"}
+FIXTURES = {
+    "ort-genai": "ort_export",
+    "onnxruntime": "onnx_export",
+    "trtllm-checkpoint": "trtllm_checkpoint",
+}
 """Which fixture makes a backend's export; the others load a stock checkpoint."""
 
 
@@ -19,6 +24,16 @@ def ort_export(teacher, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "ort"
     out.mkdir()
     OrtGenai(precision="fp32").export(teacher, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def onnx_export(teacher, tmp_path_factory) -> Path:
+    """The tiny teacher as a float32 ONNX step."""
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("exports") / "onnx"
+    out.mkdir()
+    Onnx().export(teacher, out)
     return out
 
 

@@ -20,6 +20,9 @@ from trt_kd.config import Plugin
 from trt_kd.errors import ArtifactError
 from trt_kd.measuring.roofline import DecodeWork
 
+BACKEND_OF_LANE = {"onnx": "onnxruntime"}
+"""Lanes whose backend has another name than theirs."""
+
 
 class Backend(Plugin, ABC):
     """A runtime and its options."""
@@ -105,6 +108,7 @@ def backend_for(artifact: Artifact) -> Backend:
     if artifact.manifest.kind == "checkpoint":
         return BACKENDS.load("transformers").model_validate({"kind": "transformers"})
     lane = lane_of(artifact).get("kind")
+    lane = BACKEND_OF_LANE.get(str(lane), lane)
     if lane not in BACKENDS.names() and ":" not in str(lane):
         raise ArtifactError(
             f"{artifact.path}: no backend runs the lane {lane!r}; "

@@ -17,5 +17,6 @@ EXPORTERS: Registry["type[Exporter]"] = Registry(
         "ort-genai": "trt_kd.exporters.ort_genai:OrtGenai",
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_checkpoint:TrtllmCheckpoint",
         "trtllm-engine": "trt_kd.exporters.trtllm_engine:TrtllmEngine",
+        "onnx": "trt_kd.exporters.onnx:Onnx",
     },
 )
