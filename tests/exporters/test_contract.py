@@ -6,8 +6,11 @@ import sys
 import pytest
 
 from trt_kd.architectures.shape import read_shape
+from trt_kd.artifacts import Artifact, writing
 from trt_kd.backends import BACKENDS
-from trt_kd.config import build_plugin
+from trt_kd.backends.base import backend_for
+from trt_kd.config import StageConfig, build_plugin
+from trt_kd.errors import ArtifactError
 from trt_kd.exporters import EXPORTERS
 
 
@@ -24,9 +27,21 @@ def test_an_exporter_survives_its_own_settings(lane):
     assert build_plugin(EXPORTERS, lane.model_dump()) == lane
 
 
-def test_an_export_is_read_back_by_the_backend_of_its_own_name(lane):
+class Made(StageConfig):
+    stage = "export"
+    lane: object = None
+
+
+def test_an_export_is_run_by_what_read_it_back_or_by_nothing(lane, tmp_path):
     assert lane.backend in BACKENDS.names()
-    assert lane.backend == (lane.basis() or lane).kind
+    with writing(tmp_path / "e", kind="export", config=Made(lane=lane), inputs={}):
+        pass
+    export = Artifact.open(tmp_path / "e")
+    if lane.executed:
+        assert backend_for(export).kind == lane.backend
+    else:
+        with pytest.raises(ArtifactError, match="no backend runs the lane"):
+            backend_for(export)
 
 
 def test_a_plain_llama_can_be_exported(lane, teacher):

@@ -37,8 +37,8 @@ STAGES = {
 LANES = {
     "hf-unified": Needs(COMPRESS),
     "ort-genai": Needs((*MODEL, *ORT_GENAI)),
-    "onnx": Needs((*MODEL, "onnx", "onnx-ir")),
-    "tensorrt-rtx": Needs((*MODEL, "onnx", "tensorrt-rtx")),
+    "onnx": Needs((*MODEL, "onnx", "onnxruntime")),
+    "tensorrt-rtx": Needs((*MODEL, "onnx", "onnxruntime", "tensorrt-rtx")),
     "trtllm-checkpoint": Needs(COMPRESS),
     "trtllm-engine": Needs((), ("trtllm-build",), gpu=True),
 }
@@ -47,7 +47,7 @@ BACKENDS = {
     "transformers": Needs(MODEL),
     "hf-unified": Needs(COMPRESS),
     "ort-genai": Needs(("onnxruntime", "onnxruntime-genai")),
-    "tensorrt-rtx": Needs(("tensorrt-rtx",), gpu=True),
+    "onnxruntime": Needs(("onnxruntime",)),
     "trtllm-bench": Needs((), ("trtllm-bench",), gpu=True),
     "trtllm-serve": Needs((), ("trtllm-serve",), gpu=True),
 }

@@ -18,5 +18,6 @@ EXPORTERS: Registry["type[Exporter]"] = Registry(
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_checkpoint:TrtllmCheckpoint",
         "trtllm-engine": "trt_kd.exporters.trtllm_engine:TrtllmEngine",
         "onnx": "trt_kd.exporters.onnx:Onnx",
+        "tensorrt-rtx": "trt_kd.exporters.tensorrt_rtx:TensorrtRtx",
     },
 )

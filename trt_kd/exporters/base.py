@@ -17,6 +17,8 @@ class Exporter(Plugin, ABC):
 
     backend: ClassVar[str]
     """Name of the backend that reads the export back."""
+    executed: ClassVar[bool] = True
+    """Whether that backend runs what ships, and not only what it was made from."""
 
     @abstractmethod
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:

@@ -44,6 +44,7 @@ class TrtllmEngine(Exporter):
 
     kind: Literal["trtllm-engine"] = "trtllm-engine"
     backend: ClassVar[str] = "trtllm-checkpoint"
+    executed: ClassVar[bool] = False
 
     tensor_parallel: PositiveInt = 1
     """GPUs that share every layer."""

@@ -110,9 +110,10 @@ def _export_on(basis: Exporter, config: ExportConfig, source: Artifact, out: Pat
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of the files in ``directory`` that hold weights."""
-    files = (path for path in directory.rglob("*") if path.suffix in WEIGHTS)
-    return sum(path.stat().st_size for path in files)
+    """Bytes of the files in ``directory`` that hold weights; of an engine's, the engine alone."""
+    files = [path for path in directory.rglob("*") if path.suffix in WEIGHTS]
+    engines = [path for path in files if path.suffix == ".engine"]
+    return sum(path.stat().st_size for path in engines or files)
 
 
 def _check(lane: Exporter, source: Artifact) -> None:
