@@ -1,7 +1,7 @@
 """Translate a captured decoder into ONNX, operator by operator.
 
-PyTorch's own translation first breaks the capture into finer operators and takes about four times
-as long for the same graph. A decoder uses few operators; one that is not known here is an error
+PyTorch's own translation first breaks the capture into finer operators and takes several times
+as long. A decoder uses few operators; one that is not known here is an error
 that names it.
 """
 

@@ -1,0 +1,235 @@
+"""One checkpoint through every export lane: seconds, bytes, logit difference, realised precision.
+
+    python benchmarks/export_table.py --student DIR [--work DIR] [--only NAME ...]
+
+Every row is an artifact in the work folder: a run that was cut off goes on with the rows that are
+missing. A lane that refuses the model, is not registered or lacks its package is a row with the
+reason. Prints a Markdown table, then one line of JSON.
+
+KL and the largest logit difference are those of the export to what it was made from, on held-out
+text; `quantization KL` is what the quantization before it cost. Realised precision is the share of
+the matrix weights by bits, counted in the files written. For `onnx-fp32` the greedy tokens of ONNX
+Runtime, its cache carried and prompts padded on the left, are compared with stock transformers'.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_kd.artifacts import Artifact
+from trt_kd.artifacts.environment import environment
+from trt_kd.backends.onnxruntime import OnnxRuntime
+from trt_kd.checkpoints import load_model, load_tokenizer
+from trt_kd.config import validate
+from trt_kd.data.base import DataConfig, token_blocks
+from trt_kd.errors import ArtifactError, TrtKdError
+from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.hf_unified_files import open_tensors
+from trt_kd.stages.export import ExportConfig, export
+from trt_kd.stages.quantize import QuantizeConfig, quantize
+
+FP8, INT8_SQ = {"kind": "fp8"}, {"kind": "int8_smoothquant"}
+ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "hf-unified-fp8": (FP8, {"kind": "hf-unified"}),
+    "hf-unified-int8-sq": (INT8_SQ, {"kind": "hf-unified"}),
+    "hf-unified-int4-awq": ({"kind": "int4_awq", "block_size": 64}, {"kind": "hf-unified"}),
+    **{
+        f"trtllm-checkpoint-{name}-tp{ranks}": (
+            quantization,
+            {"kind": "trtllm-checkpoint", "tensor_parallel": ranks},
+        )
+        for name, quantization in (("bf16", None), ("fp8", FP8), ("int8-sq", INT8_SQ))
+        for ranks in (1, 2, 3)
+    },
+    "onnx-fp32": (None, {"kind": "onnx", "precision": "fp32"}),
+    "tensorrt-rtx-fp16": (None, {"kind": "tensorrt-rtx", "precision": "fp16"}),
+    "ort-genai-int4": (None, {"kind": "ort-genai", "precision": "int4"}),
+    "ort-genai-fp32": (None, {"kind": "ort-genai", "precision": "fp32"}),
+}
+"""Quantization before the export, if any, and the lane, by the name of the row."""
+BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 4}
+"""Bits of a weight by its type in a safetensors header; bytes hold two 4-bit codes."""
+COLUMNS = (
+    "| Export | Seconds | Bytes | KL (nats/token) | Largest logit difference | Quantization KL "
+    "| Realised precision |\n|:--|--:|--:|--:|--:|--:|:--|"
+)
+BATCHES = (1, 4)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="one checkpoint through every export lane")
+    parser.add_argument("--student", type=Path, required=True, help="artifact of a checkpoint")
+    parser.add_argument("--work", type=Path, default=Path("export-table"), help="kept, to resume")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--data", default="{}", help="JSON: the text; standard docstrings if empty")
+    parser.add_argument("--lane", default="{}", help="JSON: options of lanes by their kind")
+    parser.add_argument("--blocks", type=int, default=4, help="held-out blocks to compare")
+    parser.add_argument("--prompts", type=int, default=20, help="prompts to continue greedily")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each continuation")
+    given = parser.parse_args(arguments)
+    try:
+        student = Artifact.open(given.student, expect="checkpoint")
+        data = validate(DataConfig, json.loads(given.data), where="--data")
+        rows = [row(name, student, given, data) for name in given.only]
+        greedy = None
+        if "onnx-fp32" in given.only and (given.work / "onnx-fp32").is_dir():
+            greedy = greedy_agreement(student, given, data)
+    except (TrtKdError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {
+        "hardware": environment(),
+        "workload": {
+            "student": student.key,
+            "parameters": load_shape(student),
+            "data": data.model_dump(mode="json"),
+            "held_out_blocks": given.blocks,
+        },
+        "rows": rows,
+        "greedy": greedy,
+    }
+    print(table(rows, greedy))
+    print(json.dumps(result))
+    return 0
+
+
+def load_shape(student: Artifact) -> int:
+    """Parameters of the student, from its ``config.json``."""
+    from trt_kd.architectures.shape import read_shape
+
+    return read_shape(student.path).parameters
+
+
+def row(
+    name: str, student: Artifact, given: argparse.Namespace, data: DataConfig
+) -> dict[str, Any]:
+    """Make or reopen the artifact of a row; numbers, or the reason why there are none."""
+    quantization, lane = ROWS[name]
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    if lane["kind"] not in EXPORTERS.names():
+        return {"name": name, "refused": f"the lane {lane['kind']} is not registered"}
+    lane = {**lane, **json.loads(given.lane).get(lane["kind"], {})}
+    settings = {"lane": lane, "data": data.model_dump(), "verify_blocks": given.blocks}
+    try:
+        source = student
+        if quantization is not None:
+            source = quantized(quantization, student, given.work, data)
+        config = validate(ExportConfig, settings, where=name)
+        out = given.work / name
+        made = opened(out) or export(config, source=source, out=out)
+    except TrtKdError as error:
+        return {"name": name, "refused": str(error).replace("\n", " ")}
+    return {"name": name, **numbers(made, source)}
+
+
+def opened(out: Path) -> Artifact | None:
+    """The finished artifact at ``out``; None if there is none."""
+    try:
+        return Artifact.open(out)
+    except ArtifactError:
+        return None
+
+
+def quantized(
+    settings: dict[str, Any], student: Artifact, work: Path, data: DataConfig
+) -> Artifact:
+    """The student in a low-bit format, made once for all lanes that take it."""
+    out = work / f"quantized-{settings['kind']}"
+    config = validate(QuantizeConfig, {"format": settings, "data": data.model_dump()}, where="row")
+    return opened(out) or quantize(config, source=student, out=out)
+
+
+def numbers(made: Artifact, source: Artifact) -> dict[str, Any]:
+    """What the table shows of an export, and all that its manifest records."""
+    metrics = made.metrics
+    return {
+        "seconds": metrics["seconds"],
+        "weight_bytes": metrics["weight_bytes"],
+        "logits_kl_nats": metrics["logits_kl_nats"],
+        "logits_max_abs": metrics["logits_max_abs"],
+        "quantization_kl_nats": source.metrics.get("kl_to_source_nats"),
+        "weight_share_by_bits": metrics.get("weight_share_by_bits") or share_by_bits(made.path),
+        "metrics": metrics,
+    }
+
+
+def share_by_bits(directory: Path) -> dict[str, float]:
+    """Share of the matrix weights by the bits they are stored in, from the files' headers."""
+    counts: Counter[int] = Counter()
+    with open_tensors(directory) as tensors:
+        for name in tensors:
+            dtype, dims = tensors.header(name)
+            if len(dims) >= 2 and dtype in BITS:
+                counts[BITS[dtype]] += prod(dims) * (2 if dtype == "U8" else 1)
+    total = sum(counts.values())
+    return {str(bits): count / total for bits, count in sorted(counts.items())}
+
+
+def greedy_agreement(
+    student: Artifact, given: argparse.Namespace, data: DataConfig
+) -> dict[str, Any]:
+    """Prompts whose greedy tokens ONNX Runtime and transformers agree on, by batch size."""
+    blocks_NL = token_blocks(
+        data, load_tokenizer(student.path), split="heldout", count=given.prompts, seed=1
+    )
+    lengths = [8 + 3 * (n % 6) for n in range(given.prompts)]
+    prompts = [block[:length].tolist() for block, length in zip(blocks_NL, lengths, strict=True)]
+    model = load_model(student.path, dtype="float32")
+    expected = [continued(model, prompt, given.tokens) for prompt in prompts]
+    found = {}
+    with OnnxRuntime().load(given.work / "onnx-fp32") as session:
+        for batch in BATCHES:
+            rows: list[Any] = []
+            for start in range(0, len(prompts), batch):
+                rows += list(session.generate(prompts[start : start + batch], given.tokens))
+            same = sum(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+            found[f"equal_at_batch_{batch}"] = same
+    return {"prompts": given.prompts, "tokens": given.tokens, **found}
+
+
+def continued(model: Any, prompt: list[int], tokens: int) -> np.ndarray:
+    """Greedy continuation by stock transformers; end-of-text is a token like any other."""
+    import torch
+
+    ids, cache, found = torch.tensor([prompt]), None, []
+    with torch.inference_mode():
+        for _ in range(tokens):
+            output = model(ids, past_key_values=cache, use_cache=True)
+            ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            found.append(int(ids))
+    return np.asarray(found)
+
+
+def table(rows: list[dict[str, Any]], greedy: dict[str, Any] | None) -> str:
+    """Rows with numbers as a table, then the refused ones and the greedy tokens as sentences."""
+    lines = [COLUMNS]
+    for entry in rows:
+        if "refused" in entry:
+            continue
+        shares = entry["weight_share_by_bits"].items()
+        precision = ", ".join(f"{share:.1%} in {bits} bits" for bits, share in shares)
+        lost = entry["quantization_kl_nats"]
+        lines.append(
+            f"| {entry['name']} | {entry['seconds']:.1f} | {entry['weight_bytes']:,} "
+            f"| {entry['logits_kl_nats']:.2g} | {entry['logits_max_abs']:.2g} "
+            f"| {'-' if lost is None else format(lost, '.2g')} | {precision} |"
+        )
+    refused = [entry for entry in rows if "refused" in entry]
+    lines += ["", *(f"- {entry['name']}: {entry['refused']}" for entry in refused)]
+    if greedy is not None:
+        counts = ", ".join(f"{greedy[f'equal_at_batch_{b}']} at batch {b}" for b in BATCHES)
+        sentence = (
+            f"ONNX Runtime generates the {greedy['tokens']} greedy tokens of transformers for"
+        )
+        lines += ["", f"{sentence} {counts} of {greedy['prompts']} prompts."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The script makes one artifact a row, goes on where it stopped and ends with JSON."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "export_table.py"
+ROWS = ["hf-unified-fp8", "hf-unified-int4-awq", "trtllm-checkpoint-bf16-tp2", "onnx-fp32"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("export_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, teacher, text_file, tmp_path, capsys):
+    """Run the script on the tiny teacher; the last line's JSON, and all that was printed."""
+    data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
+    common = ["--student", str(teacher.path), "--work", str(tmp_path), "--data", json.dumps(data)]
+
+    def call(*arguments: str):
+        sizes = ["--blocks", "1", "--prompts", "3", "--tokens", "8"]
+        assert script.main([*common, *sizes, *arguments]) == 0
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]), printed
+
+    return call
+
+
+@pytest.mark.slow
+def test_rows_are_made_once_and_say_what_was_written(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    result, printed = run("--only", *ROWS)
+    rows = {entry["name"]: entry for entry in result["rows"]}
+    assert list(rows) == ROWS
+    assert rows["hf-unified-fp8"]["weight_share_by_bits"]["8"] > 0.6
+    assert rows["hf-unified-int4-awq"]["weight_share_by_bits"]["4"] > 0.6
+    assert rows["hf-unified-fp8"]["quantization_kl_nats"] > 0
+    assert rows["onnx-fp32"]["weight_share_by_bits"] == {"32": 1.0}
+    assert rows["onnx-fp32"]["logits_kl_nats"] < 1e-8
+    tokens = {"prompts": 3, "tokens": 8, "equal_at_batch_1": 3, "equal_at_batch_4": 3}
+    assert result["greedy"] == tokens
+    assert "3 at batch 1, 3 at batch 4 of 3 prompts" in printed
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trt_kd.json")}
+    monkeypatch.setattr(sys.modules["trt_kd.stages.export"], "export", None)
+    again, _ = run("--only", *ROWS)
+    assert again["rows"] == result["rows"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trt_kd.json")} == before
+
+
+def test_a_lane_that_is_not_there_or_refuses_is_a_row_with_its_reason(run, script, monkeypatch):
+    monkeypatch.setitem(script.ROWS, "nobody", (None, {"kind": "no-such-lane"}))
+    monkeypatch.setitem(script.ROWS, "odd", (None, {"kind": "hf-unified"}))
+    result, printed = run("--only", "nobody", "odd", "--lane", '{"hf-unified": {"no": 1}}')
+    assert "the lane no-such-lane is not registered" in result["rows"][0]["refused"]
+    assert "Extra inputs are not permitted" in result["rows"][1]["refused"]
+    assert "- nobody: the lane no-such-lane" in printed
+
+
+def test_the_rows_are_the_promised_ones(script):
+    names = set(script.ROWS)
+    assert {"hf-unified-fp8", "hf-unified-int8-sq", "hf-unified-int4-awq"} < names
+    assert {f"trtllm-checkpoint-fp8-tp{ranks}" for ranks in (1, 2, 3)} < names
+    assert {"onnx-fp32", "tensorrt-rtx-fp16", "ort-genai-int4", "ort-genai-fp32"} < names
+
+
+def test_what_is_no_checkpoint_is_an_error_of_two_lines(script, tmp_path, capsys):
+    assert script.main(["--student", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
