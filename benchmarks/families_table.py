@@ -21,6 +21,7 @@ from trt_kd.pruning.base import Axis, Place, Site, WidthAxis
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 KINDS = ("hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn", "depth")
+COLUMNS = (*KINDS, "vocab")
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -113,6 +114,7 @@ def scores(model: PreTrainedModel, places: list[Place]) -> list[torch.Tensor]:
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits on two sequences of 24 random tokens."""
     tokens = torch.randint(1, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+    tokens %= model.config.vocab_size
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return found
@@ -123,7 +125,9 @@ def survives(model_type: str, kind: str, folder: Path) -> bool:
     model, architecture = tiny(model_type), architecture_of(model_type)
     shape = shape_from_config(model.config.to_dict())
     axis = halved(kind, shape)
-    if isinstance(axis, WidthAxis):
+    if axis.unit == "tokens":
+        keep = [torch.arange(0, shape.vocab, 2)]
+    elif isinstance(axis, WidthAxis):
         keep = axis.keep(scores(model, axis.places(model, architecture)), shape)
     else:
         keep = axis.keep([torch.zeros(())] * shape.layers, shape)
@@ -146,7 +150,7 @@ def row(model_type: str) -> tuple[list[str], dict[str, str]]:
     shape = shape_from_config(tiny(model_type).config.to_dict())
     lacking = architecture_of(model_type).axes(shape)
     cells, reasons = [f"`{model_type}`"], {}
-    for kind in KINDS:
+    for kind in COLUMNS:
         if lacking[kind]:
             reasons[kind] = lacking[kind]
             cells.append("-")
@@ -158,7 +162,7 @@ def row(model_type: str) -> tuple[list[str], dict[str, str]]:
 
 def page() -> str:
     """The whole of docs/families.md."""
-    head = [f"| {' | '.join(['family', *KINDS])} |", "|:--" * (len(KINDS) + 1) + "|"]
+    head = [f"| {' | '.join(['family', *COLUMNS])} |", "|:--" * (len(COLUMNS) + 1) + "|"]
     lines, notes = [], []
     for model_type in ARCHITECTURES.names():
         cells, reasons = row(model_type)

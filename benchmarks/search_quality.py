@@ -3,7 +3,8 @@
     python benchmarks/search_quality.py [--teacher CHECKPOINT] [--shares 0.803 0.70]
 
 Scores the teacher once, searches ffn, heads, kv_heads and depth under every share of the
-parameters, and cuts every single axis that can reach the share. Perplexity is that
+parameters, and cuts every single axis that can reach the share, hidden among them, also where that
+is beyond the search's own limits. Perplexity is that
 of held-out docstrings of Python's standard library; no calibration text is among them. Without
 --teacher the quickstart's is imported. What is finished in the work folder is not made again.
 Under the first share the candidates also meet in a tournament: its winner is what is measured.
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from trt_kd.artifacts.environment import environment
 from trt_kd.config import StageConfig
 from trt_kd.errors import ArtifactError, ModelError, TrtKdError
 from trt_kd.pipeline.recipe import load_recipe
+from trt_kd.pruning import AXES as AXIS_TABLE
+from trt_kd.pruning.reconstruction import Reconstruct
 from trt_kd.pruning.search import Search
 from trt_kd.pruning.sizes import settled
 from trt_kd.stages.import_model import import_model
@@ -34,6 +38,8 @@ from trt_kd.stages.score import score, scoring_of
 
 RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
 AXES: list[Any] = ["ffn", "heads", "kv_heads", {"kind": "depth", "contiguous": True}]
+ONCE = {"hidden"}
+"""Axes that a refit layer after layer does not go with."""
 LIMITS = {"0.803": 1.25, "0.70": 1.50}
 BATCH = 4
 
@@ -94,25 +100,35 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         "cuts": {},
     }
 
-    def measured(name: str, config: PruneConfig, **inputs: Artifact) -> float:
-        out = given.work / name
-        pruned = made(out, config, prune, source=teacher, **inputs)
+    def measured(
+        name: str, config: PruneConfig, *, known: bool = True, beyond_limits: bool = False
+    ) -> float:
+        inputs = {"scores": scores} if known else {}
+        pruned = made(given.work / name, config, prune, source=teacher, **inputs)
         ratio = perplexity(pruned, given.heldout_blocks) / base
         result["cuts"][name] = {
             "ratio": ratio,
             "parameters_share": pruned.metrics["parameters_share"],
             "sizes": pruned.metrics["kept_sizes"],
             "search": pruned.metrics.get("search"),
+            "beyond_limits": beyond_limits,
         }
         return ratio
 
     shape = read_shape(teacher.path)
     for share, config in configs.items():
-        found = result["ratio_at"][share] = measured(f"searched-{share}", config, scores=scores)
+        found = result["ratio_at"][share] = measured(f"searched-{share}", config)
         searched = read_shape(given.work / f"searched-{share}")
         result["single_axis"][share] = {
             # What was searched may be a single axis: then it is the same cut.
-            kind: found if alone.planned(shape) == searched else measured(f"{kind}-{share}", alone)
+            kind: found
+            if alone.planned(shape) == searched
+            else measured(
+                f"{kind}-{share}",
+                alone,
+                known=kind not in ONCE,
+                beyond_limits=beyond_limits(alone, config, shape),
+            )
             for kind, alone in single_axes(config, shape).items()
         }
         plain = plain_cut(config, searched)
@@ -147,19 +163,26 @@ def made(
 
 
 def single_axes(config: PruneConfig, shape: ModelShape) -> dict[str, PruneConfig]:
-    """One axis open alone, where it reaches the budget within the search's limits."""
-    limits = config.searching or Search()
+    """One axis open alone, where it can reach the budget; hidden besides those of ``config``."""
+    # Llama's config wants whole heads in the hidden size, and no tile divides that of every model.
+    hidden = AXIS_TABLE.load("hidden")(multiple_of=shape.heads)
     found = {}
-    for axis in config.axes:
-        alone = config.model_copy(update={"axes": [axis], "search": None})
-        try:
-            planned = alone.planned(shape)
-        except ModelError:
-            continue
-        limit = limits.max_depth_pruning if axis.unit == "layers" else limits.max_width_pruning
-        if 1.0 - axis.read(planned) / axis.read(shape) <= limit:
+    for axis in (*config.axes, hidden):
+        changes: dict[str, Any] = {"axes": [axis], "search": None}
+        if axis.kind in ONCE:
+            changes["reconstruct"] = Reconstruct()
+        alone = config.model_copy(update=changes)
+        with suppress(ModelError):
+            alone.planned(shape)
             found[axis.kind] = alone
     return found
+
+
+def beyond_limits(alone: PruneConfig, config: PruneConfig, shape: ModelShape) -> bool:
+    """Whether more of the only axis of ``alone`` goes than the search of ``config`` may take."""
+    limits, (axis,) = config.searching or Search(), alone.axes
+    limit = limits.max_depth_pruning if axis.unit == "layers" else limits.max_width_pruning
+    return 1.0 - axis.read(alone.planned(shape)) / axis.read(shape) > limit
 
 
 def plain_cut(config: PruneConfig, searched: ModelShape) -> PruneConfig:

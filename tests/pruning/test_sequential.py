@@ -18,7 +18,17 @@ FFN = {"kind": "ffn", "size": 128}
 
 def forward_loop(blocks, model):
     for part in np.array_split(blocks, 3):
-        model.base_model(input_ids=torch.from_numpy(part), use_cache=False)
+        with torch.no_grad():
+            model.base_model(input_ids=torch.from_numpy(part), use_cache=False)
+
+
+def test_capture_runs_the_layers_for_one_batch_alone(make_decoder, blocks):
+    model = make_decoder()
+    ran = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1))
+    batches = capture(model, architecture_of("llama"), partial(forward_loop, blocks))
+    assert (len(ran), len(batches)) == (1, 3)
+    assert all(len(batch.calls) == len(model.model.layers) for batch in batches)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES.names())
@@ -29,9 +39,12 @@ def test_the_streams_take_the_models_own_path(model_type, families, blocks):
     hook = architecture.final_norm(model).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0])
     )
-    batches = capture(model, architecture, partial(forward_loop, blocks))
+    forward_loop(blocks, model)
     hook.remove()
     layers = architecture.layers(model)
+    forwards = [layer.forward for layer in layers]
+    batches = capture(model, architecture, partial(forward_loop, blocks))
+    assert [layer.forward for layer in layers] == forwards
     streams = Streams(layers, batches)
     for index in range(len(layers)):
         streams.original = streams.through(index, streams.original)

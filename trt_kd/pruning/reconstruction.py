@@ -42,7 +42,7 @@ class Reconstruct(StrictModel):
 
     schedule: Schedule = "once"
     """``once``: all on the unpruned model's activations. ``sequential``: layer after layer on what
-    the pruned layers before make of the text, with three more passes over it."""
+    the pruned layers before make of the text, with two more passes over it."""
 
     ridges: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Pulls towards the plain cut to choose from, as shares of the mean squared activation."""

@@ -11,8 +11,8 @@ otherwise a few tokens with massive activations would decide every fit.
 Shapes: B sequences, L tokens, H hidden, C inputs of a projection.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from trt_kd.architectures.base import Architecture
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import progress
 from trt_kd.pruning.folding import Proof, samples
-from trt_kd.pruning.hooks import evaluating, hooks
+from trt_kd.pruning.hooks import STATE, evaluating, hooks
 from trt_kd.pruning.reconstruction import SHARES, Reconstruct
 from trt_kd.pruning.ridge import PLAIN, Refit, refit, solve
 
@@ -49,17 +49,52 @@ def capture(
 ) -> list[Batch]:
     """Run ``forward_loop`` and keep what enters the first layer and how every layer is called.
 
+    Only the first batch is run in earnest: what layers are called with, besides the state, does
+    not hang on what they make.
+
     Raises:
         ModelError: if nothing was run.
     """
     batches: list[Batch] = []
-    with hooks() as hook, evaluating(model), torch.no_grad():
-        for index, layer in enumerate(architecture.layers(model)):
+    layers = architecture.layers(model)
+    with hooks() as hook, evaluating(model), torch.no_grad(), _idle_after_one(layers):
+        for index, layer in enumerate(layers):
             hook.call(layer, partial(_note, batches, index))
         forward_loop(model)
     if not batches:
         raise ModelError("the forward loop ran no batch", hint="give it calibration text")
     return batches
+
+
+@contextmanager
+def _idle_after_one(layers: nn.ModuleList) -> Iterator[None]:
+    """Have every layer work once and then hand on what it is given, in the form of its output."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        vars(layer)["forward"] = _Once(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+class _Once:
+    """A forward function that works once."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._packs: bool | None = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self._packs is None:
+            output = self._forward(*arguments, **named)
+            self._packs = isinstance(output, tuple)
+            return output
+        state = arguments[0] if arguments else named[STATE]
+        return (state,) if self._packs else state
 
 
 def _note(
