@@ -1,10 +1,13 @@
 """Distillation with losses between layers: what is learnt, logged, kept, resumed and refused."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -334,7 +337,7 @@ def test_a_loss_that_stands_twice_on_a_pair_is_refused(settings, small, big, tmp
 
 
 def test_kept_layers_that_no_manifest_tells_are_refused(settings, made, big, tmp_path, monkeypatch):
-    stranger = made(4, num_hidden_layers=2)
+    stranger = made(4, num_hidden_layers=2, hidden_size=32, intermediate_size=32)
     config = settings({"loss": "pkt", "pairs": "kept"})
     refused("does not say which layers were kept", config, tmp_path, monkeypatch,
             student=stranger, teacher=big)  # fmt: skip
@@ -379,3 +382,13 @@ def test_settings_round_trip_with_their_features(settings):
     assert DistillConfig.model_validate(config.model_dump()) == config
     assert DistillConfig.model_validate_json(config.model_dump_json()) == config
     assert config.model_dump()["features"][0]["loss"]["alpha"] == 5.0
+
+
+def test_the_recipes_of_the_page_are_valid():
+    page = (Path(__file__).parents[2] / "docs/features.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    recipes = [yaml.safe_load(text) for block in blocks for text in block.split("\n\n")]
+    assert len(recipes) == 5
+    for recipe in recipes:
+        settings = recipe.get("distill", recipe)
+        assert DistillConfig.model_validate({"steps": 300, **settings}).features
