@@ -188,6 +188,18 @@ def test_a_planted_fault_is_seen(fp8, blocks, fault):
         verify(LANE, source, out, blocks, reference)
 
 
+def test_another_group_size_than_the_tensors_have_is_seen(quantized, tmp_path):
+    source, out = quantized("int4_awq"), tmp_path / "awq"
+    out.mkdir()
+    LANE.export(source, out)
+    assert LANE.problems(source, out) == []
+    path = out / "hf_quant_config.json"
+    settings = json.loads(path.read_text())
+    settings["quantization"]["group_size"] = 128
+    path.write_text(json.dumps(settings))
+    assert "has groups of 64, hf_quant_config.json says 128" in LANE.problems(source, out)[0]
+
+
 def test_an_input_scale_too_small_shows_in_the_logits_alone(fp8, blocks):
     source, out = fp8
     change_tensors(out, lambda t: [t[n].mul_(0.2) for n in t if n.endswith("input_scale")])

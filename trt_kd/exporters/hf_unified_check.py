@@ -85,7 +85,8 @@ def _tensor_problems(
 ) -> list[str]:
     module = name.removesuffix(".weight")
     if quantization is not None and f"{module}.weight_scale" in after and name.endswith(".weight"):
-        return _quantized_problems(module, before[name], after, quantization.algorithm, limit)
+        found = _quantized_problems(module, before[name], after, quantization.algorithm, limit)
+        return found or _group_problems(module, before, after, quantization)
     (old_type, old_shape), (new_type, new_shape) = before.header(name), after.header(name)
     if (old_type, old_shape) != (new_type, new_shape):
         return [f"{name} is {new_type} {list(new_shape)}, source {old_type} {list(old_shape)}"]
@@ -118,6 +119,19 @@ def _quantized_problems(
     if not error <= limit:
         return [f"{module}.weight is {error:.1%} away from the source, limit {limit:.0%}"]
     return []
+
+
+def _group_problems(
+    module: str, before: Tensors, after: Tensors, quantization: Quantization
+) -> list[str]:
+    """Groups of another size than ``hf_quant_config.json`` tells the runtime."""
+    scales = after.header(f"{module}.weight_scale")[1]
+    if quantization.algorithm != "W4A16_AWQ" or len(scales) < 2:
+        return []
+    size = before.header(f"{module}.weight")[1][1] // scales[1]
+    if size == quantization.group_size:
+        return []
+    return [f"{module} has groups of {size}, hf_quant_config.json says {quantization.group_size}"]
 
 
 def _input_scale_problems(calibrated: Tensors, after: Tensors, algorithm: str) -> list[str]:

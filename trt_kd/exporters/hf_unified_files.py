@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ class Quantization:
     algorithm: str
     excluded: tuple[str, ...]
     """Patterns of module names that are not quantized."""
+    group_size: int | None = field(default=None, compare=False)
+    """Weights along the input that share a scale, as ``hf_quant_config.json`` alone says."""
 
     def covers(self, module: str) -> bool:
         """Whether the projection ``module`` is quantized."""
@@ -59,7 +61,7 @@ def read_quantization(directory: Path) -> Quantization | None:
             f"{directory}: the algorithm {found.algorithm} cannot be read back here",
             hint=f"known: {', '.join(WEIGHT_TYPES)}",
         )
-    return found
+    return replace(found, group_size=separate.get("group_size"))
 
 
 class Tensors(Mapping[str, "Tensor"]):
