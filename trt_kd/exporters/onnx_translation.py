@@ -1,8 +1,7 @@
 """Translate a captured decoder into ONNX, operator by operator.
 
 PyTorch's own translation first breaks the capture into finer operators and takes several times
-as long. A decoder uses few operators; one that is not known here is an error
-that names it.
+as long. A decoder uses few operators; one that is not known here is an error that names it.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,9 +67,11 @@ class Translation:
                 self._values[node] = self._placeholder(node)
         elif node.op == "output":
             self.outputs = [self._values[value] for value in _args(node)[0]]
+        elif node.op == "get_attr":
+            owner: Any = node.graph.owning_module
+            self._values[node] = owner.get_submodule(str(node.target))
         else:
-            name = _operator(node)
-            known = _OPERATORS.get(name)
+            known = _OPERATORS.get(_operator(node))
             if known is None:
                 raise ModelError(
                     f"the model uses the operator {node.target}, which has no translation to ONNX",
@@ -128,6 +129,21 @@ class Translation:
 
     def nothing(self, node: fx.Node) -> None:
         """Translate a check of the capture, which was made when it was captured."""
+
+    def inlined(self, node: fx.Node) -> list[Any]:
+        """Translate the body of a region without autocast, which transformers 4.57 writes."""
+        _, _, enabled, _, body, *operands = _args(node)
+        if enabled:
+            raise ModelError("the model computes a part in autocast, which ONNX does not know")
+        given = iter(operands)
+        for inner in self.value(body).graph.nodes:
+            if inner.op == "placeholder":
+                self._values[inner] = self.value(next(given))
+            elif inner.op == "output":
+                return [self.value(result) for result in _args(inner)[0]]
+            else:
+                self.add(inner)
+        return []
 
     def to(self, node: fx.Node) -> str:
         """Cast to another type, where it is another."""
@@ -315,6 +331,7 @@ _OPERATORS: dict[str, Callable[[Translation, fx.Node], Any]] = {
     "transpose": Translation.transpose,
     "unsqueeze": Translation.unsqueeze,
     "where": Translation.where,
+    "wrap_with_autocast": Translation.inlined,
 }
 
 
