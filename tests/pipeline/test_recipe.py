@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_kd.errors import ConfigError
+from trt_kd.errors import ConfigError, ModelError
 from trt_kd.pipeline.plan import make_plan
 from trt_kd.pipeline.recipe import load_recipe
 
@@ -55,3 +55,11 @@ def test_a_rehearsal_shrinks_every_section_and_changes_every_key(tmp_path):
     assert whole.keys() == small.keys()
     assert not set(whole.values()) & set(small.values())
     assert recipe.rehearsal().distill.steps <= 2
+
+
+def test_what_cannot_be_run_here_is_refused_where_it_would_be_measured(tmp_path):
+    engine = "{lane: {kind: tensorrt-rtx}}"
+    quickstart = WORKFLOWS / "quickstart.yaml"
+    make_plan(load_recipe(quickstart, [f"export.also.engine={engine}"]), tmp_path)
+    with pytest.raises(ModelError, match=r"export\.deploy: tensorrt-rtx is not run here"):
+        make_plan(load_recipe(quickstart, [f"export.deploy={engine}"]), tmp_path)

@@ -98,6 +98,12 @@ def check(recipe: Recipe, shapes: Shapes) -> None:
         raise ConfigError("the model's sizes are not known", hint="give import.expect")
     problems: list[str] = []
     section = recipe.export
+    problems += [
+        f"export.{name}: {spec.lane.kind} is not run here, so what it ships can be neither "
+        "evaluated nor timed; put it below export.also"
+        for name, spec in (("deploy", section.deploy), ("baseline", section.baseline))
+        if spec is not None and not spec.lane.executed
+    ]
     for role, shape in (("teacher", teacher), ("student", student)):
         problems += _problems(f"export.deploy ({role})", section.deploy, shape)
         if section.baseline is not None:
