@@ -22,6 +22,7 @@ from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
+from trt_kd.training.lean import lean
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.trainer import (
     Blocks,
@@ -75,7 +76,7 @@ def train(
     events = EventFiles(work / "tensorboard")
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _mixed_precision(schedule.precision):
+    with _quiet(), _mixed_precision(schedule.precision), lean(student):
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints),
