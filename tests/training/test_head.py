@@ -47,7 +47,7 @@ def clear(rows):
 @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
 def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, sizes, monkeypatch):
     (task_weight, response_weight), (group, piece) = terms, sizes
-    monkeypatch.setattr(head_module, "GROUP_BYTES", group * 8 * VOCABULARY)
+    monkeypatch.setattr(head_module, "GROUP_BYTES", {"cpu": group * 8 * VOCABULARY})
     monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
     objective = Objective(loss, task_weight, response_weight, label_smoothing=0.1)
 
@@ -83,7 +83,7 @@ def test_a_teacher_of_few_tokens_gives_the_bucketed_loss_of_plain_autograd(
     rows, loss, terms, sizes, monkeypatch
 ):
     (task_weight, response_weight), (group, piece) = terms, sizes
-    monkeypatch.setattr(head_module, "GROUP_BYTES", group * 8 * VOCABULARY)
+    monkeypatch.setattr(head_module, "GROUP_BYTES", {"cpu": group * 8 * VOCABULARY})
     monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
     top = top_k_of(rows["teacher"], 6)
     total, _, response = head_loss(

@@ -21,8 +21,11 @@ from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
 from trt_kd.losses.top_k import TopK
 
-GROUP_BYTES = 256 << 20
-"""Size of one group's logits; student and teacher have one each."""
+GROUP_BYTES = {"cpu": 32 << 20}
+"""Size of one group's logits, by device; student and teacher have one each. A smaller group costs
+time, a larger one gains none."""
+GROUP_BYTES_ELSEWHERE = 256 << 20
+"""The same on a GPU, where large products are best."""
 ROWS_BYTES = {"cpu": 1 << 20}
 """Size of the float32 logits that one pass of the loss sees, by device: a core's cache."""
 ROWS_BYTES_ELSEWHERE = 256 << 20
@@ -163,7 +166,8 @@ def _accumulate(
     weight_gradient_VD = torch.zeros_like(head.weight)
     bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
     row_bytes = len(head.weight) * work.dtype.itemsize
-    for group in _pieces(len(hidden_TD), GROUP_BYTES // row_bytes):
+    limit = GROUP_BYTES.get(hidden_TD.device.type, GROUP_BYTES_ELSEWHERE)
+    for group in _pieces(len(hidden_TD), limit // row_bytes):
         group_TD = hidden_TD[group].detach().to(work.dtype)
         teacher = None if work.teacher is None else work.teacher(group)
         student_TV = cast.logits(group_TD)
