@@ -14,10 +14,10 @@ EXPORTERS: Registry["type[Exporter]"] = Registry(
     "exporter",
     {
         "hf-unified": "trt_kd.exporters.hf_unified:HfUnified",
+        "onnx": "trt_kd.exporters.onnx:Onnx",
         "ort-genai": "trt_kd.exporters.ort_genai:OrtGenai",
+        "tensorrt-rtx": "trt_kd.exporters.tensorrt_rtx:TensorrtRtx",
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_checkpoint:TrtllmCheckpoint",
         "trtllm-engine": "trt_kd.exporters.trtllm_engine:TrtllmEngine",
-        "onnx": "trt_kd.exporters.onnx:Onnx",
-        "tensorrt-rtx": "trt_kd.exporters.tensorrt_rtx:TensorrtRtx",
     },
 )
