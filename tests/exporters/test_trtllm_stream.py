@@ -63,7 +63,7 @@ def put_all(path, names):
 
 
 @pytest.mark.parametrize(
-    ("names", "reason"), [("a", "1 tensors were not written, first b"), ("aa", "written twice")]
+    ("names", "reason"), [("a", "1 tensors were not written: b"), ("aa", "written twice")]
 )
 def test_a_tensor_that_was_left_out_or_comes_twice_is_an_error(tmp_path, names, reason):
     with pytest.raises(ValueError, match=reason):
