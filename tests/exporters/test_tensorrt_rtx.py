@@ -161,3 +161,23 @@ def test_a_graph_that_the_compiler_cannot_read_is_one_error(exported, lane, tmp_
     with caplog.at_level(logging.ERROR), pytest.raises(ModelError, match="cannot read the graph"):
         build(lane, tmp_path)
     assert not (tmp_path / "model.engine").exists()
+
+
+def test_where_an_engine_opens_its_layers_are_counted():
+    from trt_kd.exporters.tensorrt_rtx_build import _inspected
+
+    text = json.dumps({"Layers": ["a", "b", "c"]})
+    inspector = SimpleNamespace(get_engine_information=lambda form: text)
+    engine = SimpleNamespace(
+        create_engine_inspector=lambda: inspector, num_io_tensors=5, num_optimization_profiles=2
+    )
+    library = SimpleNamespace(
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+        LayerInformationFormat=SimpleNamespace(JSON=1),
+    )
+    assert _inspected(library, None, b"") == {
+        "engine_inspected": True,
+        "engine_layers": 3,
+        "engine_tensors": 5,
+        "engine_profiles": 2,
+    }

@@ -16,6 +16,7 @@ from trt_kd.artifacts.manifest import Metric
 from trt_kd.checkpoints import copy_tokenizer, portable_config, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.onnx_writer import GRAPH, OPSET
 from trt_kd.optional import require
 
 Precision = Literal["fp32", "fp16"]
@@ -24,8 +25,6 @@ MODEL_TYPES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 """Model types whose graphs are tested here."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations whose frequencies do not depend on the length, so that a graph can hold them."""
-BITS = {"fp32": 32, "fp16": 16}
-GRAPH = "model.onnx"
 
 
 class Onnx(Exporter):
@@ -90,7 +89,6 @@ def write_graph(source: Artifact, out: Path, precision: Precision) -> dict[str, 
     from trt_kd.checkpoints import load_model
     from trt_kd.exporters.onnx_graph import weights_by_bits
     from trt_kd.exporters.onnx_step import write_step
-    from trt_kd.exporters.onnx_writer import OPSET
 
     config = portable_config(read_json(source.path / "config.json"))
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")

@@ -162,7 +162,7 @@ def _described(trt: Any, network: Any, lane: "TensorrtRtx") -> dict[str, Any]:
 
 
 def _network_summary(trt: Any, network: Any) -> dict[str, Metric]:
-    """Layers by type, and the share of the constants' values by precision."""
+    """Layers by type, and matrix products by the precision of their result."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     types = Counter(layer.type.name.lower() for layer in layers)
     products = Counter(
