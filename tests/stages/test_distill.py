@@ -416,8 +416,15 @@ def test_a_teacher_without_effect_is_refused(settings, student, teacher, tmp_pat
 
 
 def test_another_vocabulary_is_refused(make_student, settings, teacher, tmp_path, monkeypatch):
-    roles = {"student": make_student(vocab_size=520), "teacher": teacher}
-    refused(ModelError, "520 tokens .* 512", settings(), tmp_path, monkeypatch, **roles)
+    roles = {"student": make_student(vocab_size=500), "teacher": teacher}
+    refused(
+        ModelError,
+        "500 tokens .* 512; the tokenizer uses 512",
+        settings(),
+        tmp_path,
+        monkeypatch,
+        **roles,
+    )
 
 
 def test_another_tokenizer_is_refused(make_student, settings, teacher, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dt
 from trt_kd.config import StageConfig, plugin_field
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ConfigError, ModelError
+from trt_kd.evaluation.vocabulary import check_padding
 from trt_kd.losses import LOSSES
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.kl import ForwardKL
@@ -24,7 +25,7 @@ from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.checkpointing import check_space, claim
-from trt_kd.training.history import final_losses, write_history
+from trt_kd.training.history import dropped_mass, final_losses, write_history
 from trt_kd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -178,7 +179,13 @@ def train_student(
         config.loss, config.task_weight, config.response_weight, config.label_smoothing
     )
     targets = (
-        config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
+        config.teacher.targets(
+            teacher,
+            blocks,
+            precision=config.precision,
+            work=work,
+            vocabulary=model.config.vocab_size,
+        )
         if isinstance(teacher, Path)
         else teacher
     )
@@ -194,6 +201,7 @@ def training_metrics(config: DistillConfig, history: list[dict[str, float]]) -> 
         "seconds": seconds,
         "tokens_per_s": config.tokens / seconds,
         **final_losses(history),
+        **dropped_mass(history),
     }
 
 
@@ -218,15 +226,13 @@ def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
 def check_pair(*, student: Path, teacher: Path) -> None:
     """Check, from small files alone, that both models speak of the same tokens.
 
+    Vocabularies may differ in padding: rows of the output head that no token of the tokenizer uses.
+
     Raises:
-        ModelError: if vocabulary sizes or tokenizers differ.
+        ModelError: if tokenizers differ, or a vocabulary lacks a token of the tokenizer.
     """
-    sizes = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
-    if sizes["student"] != sizes["teacher"]:
-        raise ModelError(
-            f"the student has {sizes['student']:,} tokens and the teacher {sizes['teacher']:,}",
-            hint="token distillation needs one vocabulary: prune the student from this teacher",
-        )
+    vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
+    check_padding(**vocabularies, tokenizer=student)
     if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",

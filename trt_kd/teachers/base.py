@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
+from pydantic import Field
 from typing_extensions import Self
 
 from trt_kd.config import Plugin
@@ -19,14 +20,26 @@ if TYPE_CHECKING:
     Targets: TypeAlias = PreTrainedModel | Cache
 
 Precision = Literal["bf16", "fp32"]
+CHECKED_BLOCKS = 4
+"""Blocks on which a teacher is looked at before it is used."""
 
 
 class Teacher(Plugin, ABC):
     """Turns a checkpoint into what the student imitates."""
 
+    max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Mean probability per token, on the first blocks, that the teacher may give to padding tokens
+    which the student's vocabulary lacks; the rest is scaled up to 1."""
+
     @abstractmethod
     def targets(
-        self, directory: Path, blocks: "NDArray[np.int64]", *, precision: Precision, work: Path
+        self,
+        directory: Path,
+        blocks: "NDArray[np.int64]",
+        *,
+        precision: Precision,
+        work: Path,
+        vocabulary: int | None = None,
     ) -> "Targets":
         """Make ready what training on ``blocks`` ``[count, L]`` asks for.
 
@@ -35,13 +48,15 @@ class Teacher(Plugin, ABC):
             blocks: all token blocks that training reads.
             precision: that of the training's matrix products.
             work: folder for what shall survive a kill.
+            vocabulary: tokens of the student's output head; None if as many as the teacher's.
 
         Returns:
             A frozen model whose ``logits`` ``[B, L, V]`` come from a linear head, or a cache of
             log-probabilities that holds every block.
 
         Raises:
-            ModelError: if the checkpoint is damaged.
+            ModelError: if the checkpoint is damaged, or gives more than ``max_dropped_mass`` to
+                tokens that the student lacks.
         """
 
     def problem(self, loss: "KDLoss") -> str | None:

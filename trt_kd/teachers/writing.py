@@ -17,7 +17,7 @@ from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.teachers.cache import INDEX, Cache, Index, ShardEntry, read_index
 from trt_kd.teachers.coding import bytes_per_row, encode
 from trt_kd.teachers.identity import Identity, check_identity
-from trt_kd.teachers.shards import Contents, Shard, put, sample_ids, write_shard
+from trt_kd.teachers.shards import Contents, Samples, Shard, put, sample_ids, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,13 +137,16 @@ def _write(
     with tqdm(total=len(blocks), desc="teacher", unit="block", disable=None) as bar:
         for start in range(0, len(blocks), per_shard):
             part = blocks[start : start + per_shard]
-            payloads = []
+            payloads, dropped = [], []
             for at in range(0, len(part), batch_size):
                 batch = part[at : at + batch_size]
-                rows = top_k_rows(model, batch, k=contents.k, precision=contents.identity.precision)
-                payloads += [encode(*row, size) for row in rows]
+                precision = contents.identity.precision
+                rows = top_k_rows(model, batch, k=contents.k, precision=precision, vocabulary=size)
+                payloads += [encode(row.ids, row.logp, row.tail, size) for row in rows]
+                dropped += [float(row.dropped.mean()) for row in rows]
                 bar.update(len(batch))
-            shards.append(write_shard(next(paths), contents, sample_ids(part), payloads))
+            samples = Samples(sample_ids(part), payloads, dropped)
+            shards.append(write_shard(next(paths), contents, samples))
             logger.info(
                 "teacher: %d of %d blocks cached, %.0f bytes per token",
                 start + len(part),

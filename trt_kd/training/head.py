@@ -82,6 +82,10 @@ class Head:
     bias: Tensor | None = None
     """``[V]``."""
 
+    def __getitem__(self, rows: slice) -> "Head":
+        """The head of these tokens alone."""
+        return Head(self.weight[rows], None if self.bias is None else self.bias[rows])
+
     def cast(self, dtype: torch.dtype) -> "Head":
         """The same head in ``dtype``, detached."""
         bias = None if self.bias is None else self.bias.detach().to(dtype)
@@ -163,7 +167,7 @@ def _accumulate(
     weight_gradient_VD = torch.zeros_like(head.weight)
     bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
     row_bytes = len(head.weight) * work.dtype.itemsize
-    for group in _pieces(len(hidden_TD), GROUP_BYTES // row_bytes):
+    for group in pieces(len(hidden_TD), GROUP_BYTES // row_bytes):
         group_TD = hidden_TD[group].detach().to(work.dtype)
         teacher = None if work.teacher is None else work.teacher(group)
         student_TV = cast.logits(group_TD)
@@ -181,8 +185,7 @@ def _replace_by_gradient(
     """Write the gradient over ``student_TV``; return the sums of task and response."""
     wide = _wide(student_TV.dtype)
     total = torch.zeros(2, dtype=wide, device=student_TV.device)
-    limit = ROWS_BYTES.get(student_TV.device.type, ROWS_BYTES_ELSEWHERE)
-    for rows in _pieces(len(student_TV), limit // (4 * student_TV.shape[1])):
+    for rows in pieces(len(student_TV), rows_at_a_time(student_TV)):
         teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
             student_TV[rows].to(wide), teacher_rows, labels_T[rows]
@@ -192,7 +195,13 @@ def _replace_by_gradient(
     return total
 
 
-def _pieces(rows: int, size: int) -> list[slice]:
+def rows_at_a_time(logits_TV: Tensor) -> int:
+    """Rows of float32 logits that one pass should see on their device."""
+    limit = ROWS_BYTES.get(logits_TV.device.type, ROWS_BYTES_ELSEWHERE)
+    return limit // (4 * logits_TV.shape[1])
+
+
+def pieces(rows: int, size: int) -> list[slice]:
     """Cut ``rows`` into slices of ``size`` rows, at least one each."""
     step = max(1, size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -10,6 +10,7 @@ NAMES = {
     "loss": "loss_nats_per_token",
     "task_nats_per_token": "task_nats_per_token",
     "response_nats_per_token": "response_nats_per_token",
+    "dropped_teacher_mass": "dropped_teacher_mass",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "seconds",
@@ -33,6 +34,15 @@ def final_losses(history: list[dict[str, float]]) -> dict[str, float]:
     last = history[-FINAL_STEPS:]
     names = [name for name in last[-1] if name.endswith("_nats_per_token")]
     return {name: sum(row[name] for row in last) / len(last) for name in names}
+
+
+def dropped_mass(history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean probability per token, over all steps, of tokens that only the teacher has.
+
+    Empty where the vocabularies are of one size.
+    """
+    shares = [row["dropped_teacher_mass"] for row in history if "dropped_teacher_mass" in row]
+    return {"dropped_teacher_mass": sum(shares) / len(shares)} if shares else {}
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from trt_kd.errors import TrtKdError
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
+from trt_kd.training.alignment import AlignedHead, aligned
 from trt_kd.training.head import Head, Objective, head_loss
 
 
@@ -52,6 +53,7 @@ class _ObjectiveTrainer:
         self.head_dtype = head_dtype
         self.model_accepts_loss_kwargs = True  # the token count comes as num_items_in_batch
         self._sums: dict[str, Tensor] = {}
+        self._token_sums: dict[str, Tensor] = {}
         self._mark = time.monotonic()
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -101,12 +103,20 @@ class _ObjectiveTrainer:
 
         total, task, response = trainer._sharded_liger_compute(summed)
         count = mask_BK.sum() if num_items_in_batch is None else num_items_in_batch
+        for name, value in self._token_sums.items():
+            self._note(name, value / count)
+        self._token_sums = {}
         self._note("loss", total.detach() / count)
         if self.objective.task_weight:
             self._note("task_nats_per_token", task / count)
         if self.objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Add to a sum over the tokens of this micro-batch."""
+        total = self._token_sums.get(name)
+        self._token_sums[name] = value if total is None else total + value
 
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -140,7 +150,7 @@ class _ObjectiveTrainer:
 class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     """Trains on the objective with a teacher that runs beside the student."""
 
-    _teacher_head: Head | None = None
+    _teacher_head: AlignedHead | None = None
 
     def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
@@ -149,9 +159,19 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
             outputs = self._compute_teacher_outputs({"input_ids": tokens_BL, "use_cache": False})
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
-            self._teacher_head = linear_head(self._get_unwrapped_teacher()).cast(self.head_dtype)
+            whole = linear_head(self._get_unwrapped_teacher()).cast(self.head_dtype)
+            columns = len(linear_head(self.accelerator.unwrap_model(self.model)).weight)
+            self._teacher_head = aligned(whole, columns)
         head = self._teacher_head
-        return lambda rows: head.logits(hidden_TD[rows])
+
+        def rows(part: slice) -> Tensor:
+            logits_TV = head.logits(hidden_TD[part])
+            if head.dropped is not None:
+                mass = head.dropped_mass(hidden_TD[part], logits_TV)
+                self._add("dropped_teacher_mass", mass)
+            return logits_TV
+
+        return rows
 
 
 class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
@@ -163,7 +183,12 @@ class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
         self, tokens_BL: Tensor, mask_BL: Tensor
     ) -> Callable[[slice], Tensor | TopK] | None:
         """Read the rows of the whole blocks of this micro-batch."""
-        top = self.cache.rows(tokens_BL.cpu().numpy())[mask_BL.flatten().cpu()]
+        blocks = tokens_BL.cpu().numpy()
+        top = self.cache.rows(blocks)[mask_BL.flatten().cpu()]
+        dropped_B = self.cache.dropped(blocks)
+        if dropped_B.any():
+            dropped_B1 = torch.from_numpy(dropped_B).to(mask_BL.device).unsqueeze(-1)
+            self._add("dropped_teacher_mass", (dropped_B1 * mask_BL).sum())
         return top.to(tokens_BL.device).__getitem__
 
 
