@@ -80,8 +80,8 @@ class DistillConfig(Schedule, StageConfig):
         return self.sequences * self.data.block_tokens
 
     def outside(self) -> dict[str, str]:
-        """Fingerprint of the training text."""
-        return self.data.outside()
+        """Fingerprints of the training text and of what the teacher reads."""
+        return self.data.outside() | self.teacher.outside()
 
     def rehearsal(self) -> Self:
         """Two steps of one sequence, a checkpoint after each."""
@@ -124,7 +124,8 @@ def distill(
     """
     check_teacher(config, has_teacher=teacher is not None)
     if teacher is not None:
-        check_pair(student=student.path, teacher=teacher.path)
+        for path in (teacher.path, *config.teacher.further()):
+            check_pair(student=student.path, teacher=path)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:

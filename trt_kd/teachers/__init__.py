@@ -8,5 +8,6 @@ TEACHERS: Registry[type[Teacher]] = Registry(
     {
         "online": "trt_kd.teachers.online:OnlineTeacher",
         "cached": "trt_kd.teachers.cached:CachedTeacher",
+        "several": "trt_kd.teachers.several:SeveralTeachers",
     },
 )

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from trt_kd.losses.base import KDLoss
     from trt_kd.teachers.cache import Cache
+    from trt_kd.teachers.mixing import Mixture
 
-    Targets: TypeAlias = PreTrainedModel | Cache
+    Targets: TypeAlias = PreTrainedModel | Mixture | Cache
 
 Precision = Literal["bf16", "fp32"]
 CHECKED_BLOCKS = 4
@@ -51,8 +52,8 @@ class Teacher(Plugin, ABC):
             vocabulary: tokens of the student's output head; None if as many as the teacher's.
 
         Returns:
-            A frozen model whose ``logits`` ``[B, L, V]`` come from a linear head, or a cache of
-            log-probabilities that holds every block.
+            A frozen model whose ``logits`` ``[B, L, V]`` come from a linear head, several of them,
+            or a cache of log-probabilities that holds every block.
 
         Raises:
             ModelError: if the checkpoint is damaged, or gives more than ``max_dropped_mass`` to
@@ -62,6 +63,21 @@ class Teacher(Plugin, ABC):
     def problem(self, loss: "KDLoss") -> str | None:
         """Why ``loss`` cannot be had from this teacher; None where it can."""
         return None
+
+    def further(self) -> list[Path]:
+        """Checkpoints that it reads beside the stage's teacher."""
+        return []
+
+    def outside(self) -> dict[str, str]:
+        """Fingerprints of ``further``, which identify a run together with its settings.
+
+        Raises:
+            ModelError: if one of them is missing or damaged.
+        """
+        from trt_kd.teachers.identity import digest_of_checkpoint
+
+        paths = enumerate(self.further(), start=1)
+        return {f"teacher_{number}": digest_of_checkpoint(path) for number, path in paths}
 
     def rehearsal(self) -> Self:
         """The same teacher for a rehearsal, which runs on a cut twin of the checkpoint."""

@@ -25,8 +25,8 @@ class Identity(StrictModel):
     """Of the forward pass's matrix products."""
 
 
-def identity_of(directory: Path, *, precision: Precision) -> Identity:
-    """Identity of the checkpoint in ``directory``; files of an artifact are not digested again.
+def digest_of_checkpoint(directory: Path) -> str:
+    """sha256 over the digests of ``config.json`` and the weights; an artifact's are known.
 
     Raises:
         ModelError: if a file is missing or damaged.
@@ -34,12 +34,21 @@ def identity_of(directory: Path, *, precision: Precision) -> Identity:
     check_weights(directory)
     names = ["config.json", *sorted(path.name for path in directory.glob("*.safetensors"))]
     known = Artifact.open(directory).manifest.files if (directory / MANIFEST).is_file() else {}
+    digests = [f"{name} {known.get(name) or sha256_of(directory / name)}" for name in names]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def identity_of(directory: Path, *, precision: Precision) -> Identity:
+    """Identity of the checkpoint in ``directory``; files of an artifact are not digested again.
+
+    Raises:
+        ModelError: if a file is missing or damaged.
+    """
     tokenizer = directory / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{tokenizer} is missing", hint="import the model again from its source")
-    digests = [f"{name} {known.get(name) or sha256_of(directory / name)}" for name in names]
     return Identity(
-        teacher=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        teacher=digest_of_checkpoint(directory),
         tokenizer=sha256_of(tokenizer),
         vocabulary=read_shape(directory).vocab,
         precision=precision,

@@ -28,6 +28,11 @@ class AlignedHead:
     missing: int
     """Rows that only the student has."""
 
+    @property
+    def columns(self) -> int:
+        """The student's vocabulary."""
+        return len(self.kept.weight) + self.missing
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits ``[T, V]`` in the head's dtype."""
         kept_TV = self.kept.logits(hidden_TD)
@@ -40,7 +45,8 @@ class AlignedHead:
         """Sum over the tokens of the probability that was left out, float32 ``[]``."""
         total = torch.zeros((), device=hidden_TD.device)
         if self.dropped is not None:
-            for rows in pieces(len(hidden_TD), rows_at_a_time(logits_TV)):
+            step = rows_at_a_time(logits_TV.shape[1], logits_TV.device)
+            for rows in pieces(len(hidden_TD), step):
                 rest_TP = self.dropped.logits(hidden_TD[rows])
                 total += share_dropped(logits_TV[rows], rest_TP).sum()
         return total

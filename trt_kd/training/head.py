@@ -11,7 +11,7 @@ Shape suffixes: T tokens, D hidden size, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
 from trt_kd.losses.top_k import TopK
+from trt_kd.teachers.mixing import MixedRows
 
+TeacherRows: TypeAlias = Tensor | TopK | MixedRows
+"""What a teacher says: dense logits, top-k log-probabilities, or logits mixed on demand."""
 GROUP_BYTES = 256 << 20
 """Size of one group's logits; student and teacher have one each."""
 ROWS_BYTES = {"cpu": 1 << 20}
@@ -102,7 +105,7 @@ def head_loss(
     head: Head,
     labels_T: Tensor,
     *,
-    teacher: Callable[[slice], Tensor | TopK] | None,
+    teacher: Callable[[slice], TeacherRows] | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
@@ -124,7 +127,7 @@ def head_loss(
 class _Work:
     objective: Objective
     labels: Tensor
-    teacher: Callable[[slice], Tensor | TopK] | None
+    teacher: Callable[[slice], TeacherRows] | None
     dtype: torch.dtype
 
 
@@ -180,12 +183,12 @@ def _accumulate(
 
 
 def _replace_by_gradient(
-    student_TV: Tensor, teacher: Tensor | TopK | None, labels_T: Tensor, objective: Objective
+    student_TV: Tensor, teacher: TeacherRows | None, labels_T: Tensor, objective: Objective
 ) -> Tensor:
     """Write the gradient over ``student_TV``; return the sums of task and response."""
     wide = _wide(student_TV.dtype)
     total = torch.zeros(2, dtype=wide, device=student_TV.device)
-    for rows in pieces(len(student_TV), rows_at_a_time(student_TV)):
+    for rows in pieces(len(student_TV), rows_at_a_time(student_TV.shape[1], student_TV.device)):
         teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
             student_TV[rows].to(wide), teacher_rows, labels_T[rows]
@@ -195,10 +198,9 @@ def _replace_by_gradient(
     return total
 
 
-def rows_at_a_time(logits_TV: Tensor) -> int:
-    """Rows of float32 logits that one pass should see on their device."""
-    limit = ROWS_BYTES.get(logits_TV.device.type, ROWS_BYTES_ELSEWHERE)
-    return limit // (4 * logits_TV.shape[1])
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """Rows of float32 logits that one pass should see."""
+    return ROWS_BYTES.get(device.type, ROWS_BYTES_ELSEWHERE) // (4 * columns)
 
 
 def pieces(rows: int, size: int) -> list[slice]:

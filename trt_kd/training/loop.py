@@ -17,11 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
+from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.head import Objective
 from trt_kd.training.history import history_of
 from trt_kd.training.schedule import Schedule
+from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.trainer import Blocks, CachedTrainer, DistillTrainer, TaskTrainer
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 def train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | Cache | None,
+    teacher: PreTrainedModel | Mixture | Cache | None,
     blocks: NDArray[np.int64],
     *,
     objective: Objective,
@@ -44,8 +46,8 @@ def train(
     """Train ``student`` (float32 weights) in place on ``blocks`` in order; return the log by step.
 
     Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
-    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student, or
-    is a cache that holds all blocks, or is None for hard labels alone.
+    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student (so
+    do all of a mixture), or is a cache that holds all blocks, or is None for hard labels alone.
 
     Raises:
         ModelError: if logits are not those of a linear head.
@@ -69,6 +71,11 @@ def train(
         elif isinstance(teacher, Cache):
             trainer = CachedTrainer(**settings)
             trainer.cache = teacher
+        elif isinstance(teacher, Mixture):
+            for model in teacher.models:
+                check_linear_head(model, "teacher")
+            trainer = SeveralTrainer(**settings, distill_args={"teacher_model": teacher.models[0]})
+            trainer.mixture = teacher
         else:
             check_linear_head(teacher, "teacher")
             trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 from trt_kd.errors import TrtKdError
-from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
 from trt_kd.training.alignment import AlignedHead, aligned
-from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -65,7 +64,7 @@ class _ObjectiveTrainer:
 
     def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor | TopK] | None:
+    ) -> Callable[[slice], TeacherRows] | None:
         """Give the teacher's rows of a slice of the valid tokens, or None without a teacher."""
         return None
 
@@ -152,26 +151,30 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
 
     _teacher_head: AlignedHead | None = None
 
-    def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
+    def _teacher_rows(
+        self, tokens_BL: Tensor, mask_BL: Tensor
+    ) -> Callable[[slice], TeacherRows] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
         with self._teacher_liger_identity_lm_head():
             outputs = self._compute_teacher_outputs({"input_ids": tokens_BL, "use_cache": False})
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
-            whole = linear_head(self._get_unwrapped_teacher()).cast(self.head_dtype)
-            columns = len(linear_head(self.accelerator.unwrap_model(self.model)).weight)
-            self._teacher_head = aligned(whole, columns)
+            self._teacher_head = self._aligned_head(self._get_unwrapped_teacher())
         head = self._teacher_head
+        return lambda rows: self._logits(head, hidden_TD[rows])
 
-        def rows(part: slice) -> Tensor:
-            logits_TV = head.logits(hidden_TD[part])
-            if head.dropped is not None:
-                mass = head.dropped_mass(hidden_TD[part], logits_TV)
-                self._add("dropped_teacher_mass", mass)
-            return logits_TV
+    def _aligned_head(self, teacher: Any) -> AlignedHead:
+        """The teacher's head with the student's columns."""
+        columns = len(linear_head(self.accelerator.unwrap_model(self.model)).weight)
+        return aligned(linear_head(teacher).cast(self.head_dtype), columns)
 
-        return rows
+    def _logits(self, head: AlignedHead, hidden_TD: Tensor, share: float = 1.0) -> Tensor:
+        """Logits of a teacher that has so large a share; the mass that is left out is noted."""
+        logits_TV = head.logits(hidden_TD)
+        if head.dropped is not None:
+            self._add("dropped_teacher_mass", share * head.dropped_mass(hidden_TD, logits_TV))
+        return logits_TV
 
 
 class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
@@ -181,7 +184,7 @@ class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
 
     def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor | TopK] | None:
+    ) -> Callable[[slice], TeacherRows] | None:
         """Read the rows of the whole blocks of this micro-batch."""
         blocks = tokens_BL.cpu().numpy()
         top = self.cache.rows(blocks)[mask_BL.flatten().cpu()]
