@@ -50,7 +50,8 @@ def _training(recipe: Recipe) -> Iterator[Step]:
         yield Step("scores", scoring_of(recipe.prune), {"source": "teacher"})
         scores = {"scores": "scores"}
     yield Step("pruned", recipe.prune, {"source": "teacher", **scores})
-    yield Step("student", recipe.distill, {"teacher": "teacher", "student": "pruned"})
+    teacher = {"teacher": "teacher"} if recipe.distill.teacher.needs_checkpoint else {}
+    yield Step("student", recipe.distill, {**teacher, "student": "pruned"})
     if recipe.cross_entropy_control:
         yield Step("cross_entropy", recipe.distill.cross_entropy(), {"student": "pruned"})
 

@@ -81,7 +81,7 @@ class DistillConfig(Schedule, StageConfig):
 
     def outside(self) -> dict[str, str]:
         """Fingerprints of the training text and of what the teacher reads."""
-        return self.data.outside() | self.teacher.outside()
+        return {**self.data.outside(), **self.teacher.outside()}
 
     def rehearsal(self) -> Self:
         """Two steps of one sequence, a checkpoint after each."""
@@ -138,7 +138,8 @@ def distill(
         claim(work, work_key(config, {role: artifact.key for role, artifact in inputs.items()}))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
-        history = train_student(config, model, blocks, teacher.path if teacher else None, work)
+        asked = teacher or (student if config.response_weight else None)
+        history = train_student(config, model, blocks, asked.path if asked else None, work)
         _save(model, student.path, draft.path)
         write_history(history, draft.path / "history.jsonl")
         shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
@@ -207,12 +208,17 @@ def training_metrics(config: DistillConfig, history: list[dict[str, float]]) -> 
 
 
 def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
-    """Check that a teacher is given if and only if the objective uses one.
+    """Check that a teacher's checkpoint is given if and only if the objective uses one.
 
     Raises:
         ConfigError: if it is not so.
     """
-    if config.response_weight and not has_teacher:
+    if has_teacher and config.response_weight and not config.teacher.needs_checkpoint:
+        raise ConfigError(
+            f"teacher {config.teacher.kind} reads no checkpoint: the one given has no effect",
+            hint="leave it out, or choose another kind of teacher",
+        )
+    if config.response_weight and config.teacher.needs_checkpoint and not has_teacher:
         raise ConfigError(
             f"response_weight {config.response_weight:g} needs a teacher and none is given",
             hint="give one, or set response_weight=0 and task_weight=1",

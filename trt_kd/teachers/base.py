@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 from typing_extensions import Self
@@ -27,6 +27,9 @@ CHECKED_BLOCKS = 4
 
 class Teacher(Plugin, ABC):
     """Turns a checkpoint into what the student imitates."""
+
+    needs_checkpoint: ClassVar[bool] = True
+    """Whether it reads a checkpoint of the teacher; else it is given the student's."""
 
     max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Mean probability per token, on the first blocks, that the teacher may give to padding tokens

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact
@@ -21,7 +22,7 @@ class Identity(StrictModel):
     """sha256 of ``tokenizer.json``."""
     vocabulary: int
     """Tokens of the output head."""
-    precision: Precision
+    precision: Precision | Literal["served"]
     """Of the forward pass's matrix products."""
 
 
