@@ -62,6 +62,7 @@ def _three(*values: float) -> str:
 
 
 STEPS: tuple[tuple[str, Role, Role, str], ...] = (
+    ("Correction of the teacher", "teacher", "corrected", "model"),
     ("Pruning", "teacher", "pruned", "model"),
     ("Distillation", "pruned", "student", "model"),
     ("Cross-entropy instead", "pruned", "cross_entropy", "model"),
@@ -79,6 +80,8 @@ def stage_costs(report: Report) -> Table:
     rows = []
     for title, before_role, after_role, part in STEPS:
         before, after = report.variant(before_role), report.variant(after_role)
+        if title == "Pruning":
+            before = report.variant("corrected") or before
         if before is None or after is None:
             continue
         seconds = after.seconds.get(part)

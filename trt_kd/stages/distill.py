@@ -51,6 +51,8 @@ class DistillConfig(Schedule, StageConfig):
     """Share of the label's mass that cross-entropy spreads over the vocabulary."""
     teacher: plugin_field(TEACHERS, Teacher) = OnlineTeacher()  # type: ignore[valid-type]
     """How the teacher's logits are had."""
+    allow_smaller_teacher: bool = False
+    """Let a teacher of fewer parameters than the student teach; by default that is a mix-up."""
     data: DataConfig = DataConfig()
     """Training text; blocks are read in order, each once."""
 
@@ -105,6 +107,7 @@ class DistillConfig(Schedule, StageConfig):
                 "label_smoothing": 0.0,
                 "loss": ForwardKL(),
                 "teacher": OnlineTeacher(),
+                "allow_smaller_teacher": False,
             }
         )
 
@@ -118,7 +121,8 @@ def distill(
 
     Raises:
         ConfigError: if a teacher is missing, or given and not used.
-        ModelError: if teacher and student do not share vocabulary and tokenizer.
+        ModelError: if teacher and student do not share vocabulary and tokenizer, or the teacher is
+            the smaller one.
         DataError: if the text is too short for the steps.
         TrtKdError: if the loss stops being finite.
     """
@@ -126,6 +130,7 @@ def distill(
     if teacher is not None:
         for path in (teacher.path, *config.teacher.further()):
             check_pair(student=student.path, teacher=path)
+        check_sizes(config, student=student.path, teacher=teacher.path)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:
@@ -244,6 +249,22 @@ def check_pair(*, student: Path, teacher: Path) -> None:
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",
             hint="token distillation needs one tokenizer: prune the student from this teacher",
+        )
+
+
+def check_sizes(config: DistillConfig, *, student: Path, teacher: Path) -> None:
+    """Check that the teacher is no smaller than the student, unless the settings allow it.
+
+    One of equal size is welcome: the student's own earlier self (arXiv:1805.04770).
+
+    Raises:
+        ModelError: if it is smaller.
+    """
+    counts = [read_shape(path).parameters for path in (student, teacher)]
+    if counts[1] < counts[0] and not config.allow_smaller_teacher:
+        raise ModelError(
+            f"the teacher has {counts[1]:,} parameters and the student {counts[0]:,}",
+            hint="are the two mixed up? If a small model shall teach, set allow_smaller_teacher",
         )
 
 

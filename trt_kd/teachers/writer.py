@@ -85,7 +85,8 @@ def _settings(choice: Choice, ends: list[int]) -> Any:
             "top_p": choice.top_p,
             "top_k": 0,
         }
-    return GenerationConfig(
+    made: Any = GenerationConfig
+    return made(
         max_new_tokens=choice.new_tokens, eos_token_id=ends, pad_token_id=ends[0], **sampling
     )
 
