@@ -298,9 +298,12 @@ def test_a_checkpoint_beside_a_served_teacher_is_refused(settings, teacher, tmp_
     two_lines(error)
 
 
-def test_the_url_is_no_part_of_a_runs_identity(settings):
+def test_how_the_server_is_reached_is_no_part_of_a_runs_identity(settings):
     here, there = (
-        settings({"kind": "served", "url": f"http://{host}/v1", "model": "m"})
-        for host in ("here", "there")
+        settings({"kind": "served", "model": "m"} | ways)
+        for ways in (
+            {"url": "http://here/v1"},
+            {"url": "http://there/v1", "parallel": 9, "retries": 0, "key_env": "A", "timeout_s": 1},
+        )
     )
     assert json.dumps(here.model_dump(mode="json")) == json.dumps(there.model_dump(mode="json"))

@@ -42,13 +42,14 @@ class ServedTeacher(Teacher):
     """Tokens kept per position; vLLM returns at most 20 unless started with --max-logprobs."""
     form: Literal["prompt_logprobs", "echo"] = "prompt_logprobs"
     """``prompt_logprobs``: vLLM's, by token id; ``echo``: OpenAI's completions, by text."""
-    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """Environment variable that holds the server's key; the key is never stored."""
-    parallel: PositiveInt = 4
+    key_env: Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)] = None
+    """Environment variable that holds the server's key; the key is never stored. Like ``url`` and
+    what follows it is no part of a run's identity or manifest."""
+    parallel: Annotated[PositiveInt, Field(exclude=True)] = 4
     """Requests at a time, one block each."""
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: Annotated[PositiveFloat, Field(exclude=True)] = 120.0
     """Seconds that one request may take."""
-    retries: NonNegativeInt = 5
+    retries: Annotated[NonNegativeInt, Field(exclude=True)] = 5
     """Further attempts where the server is busy or away, after 1, 2, 4, ... seconds."""
     cache: Annotated[Path | None, Field(exclude=True)] = None
     """Folder shared between runs; without one, the run's own, removed in the end."""
