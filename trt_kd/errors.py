@@ -29,6 +29,10 @@ class DataError(TrtKdError):
     """Text is missing, empty or too short for the request."""
 
 
+class ServerError(TrtKdError):
+    """A server does not answer, or not what was asked."""
+
+
 class VerificationError(TrtKdError):
     """What was written does not say what its source says."""
 

@@ -1,18 +1,23 @@
 """Laws of every data source, and what each one reads."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from trt_kd.artifacts import writing
+from trt_kd.config import StageConfig
 from trt_kd.data import DATA
 from trt_kd.data.base import DataConfig
+from trt_kd.data.generated import TEXTS as TEXTS_FILE
+from trt_kd.data.generated import GeneratedText
 from trt_kd.data.hub import HubDataset
 from trt_kd.data.jsonl import JsonLines
 from trt_kd.data.source import DataSource
 from trt_kd.data.text import TextFiles
-from trt_kd.errors import DataError, MissingDependencyError
+from trt_kd.errors import ArtifactError, DataError, MissingDependencyError
 
 TEXTS = ["First document, two\nlines.", "Second document.", "Third: ünïcode ✓."]
 
@@ -35,7 +40,26 @@ def write_folder(folder, texts=TEXTS):
     return HubDataset(name=str(folder / "set"))
 
 
-WRITERS = {"text": write_text, "jsonl": write_jsonl, "hf_dataset": write_folder}
+class WrittenConfig(StageConfig):
+    """Stands for the stage that lets a teacher write."""
+
+    stage = "generate"
+
+
+def write_generated(folder, texts=TEXTS):
+    shutil.rmtree(folder / "written", ignore_errors=True)
+    with writing(folder / "written", kind="text", config=WrittenConfig(), inputs={}) as draft:
+        lines = [json.dumps({"prompt": text[:3], "text": text}) for text in texts]
+        (draft.path / TEXTS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return GeneratedText(artifact=str(folder / "written"))
+
+
+WRITERS = {
+    "text": write_text,
+    "jsonl": write_jsonl,
+    "generated": write_generated,
+    "hf_dataset": write_folder,
+}
 
 
 @pytest.fixture(params=WRITERS)
@@ -94,6 +118,13 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         TextFiles(files=[str(tmp_path / "latin.txt")]).documents()
+
+
+def test_a_folder_that_holds_no_generated_text_is_named(tmp_path, teacher):
+    with pytest.raises(ArtifactError, match=r"holds no trt_kd\.json"):
+        GeneratedText(artifact=str(tmp_path)).fingerprint()
+    with pytest.raises(ArtifactError, match="holds a checkpoint, not a text"):
+        GeneratedText(artifact=str(teacher.path)).documents()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,16 @@ def test_stage_costs_say_what_pruning_took_and_what_training_gave_back(make_repo
     assert rows["Cross-entropy instead"][4].value == "\u221282 %"
 
 
+def test_a_corrected_teacher_is_what_pruning_starts_from(make_report, variant):
+    without = make_report()
+    report = make_report(variants=[*without.variants, variant("corrected")])
+    rows = {row.name: row for row in stage_costs(report).rows}
+    assert "Correction of the teacher" not in {row.name for row in stage_costs(without).rows}
+    assert rows["Correction of the teacher"].detail == "teacher to corrected"
+    assert rows["Pruning"].detail == "corrected to pruned"
+    assert rows["Pruning"].cells[1].value == "+0.280"
+
+
 def test_every_table_has_as_many_cells_as_columns(make_report):
     asked = Gate(name="g", variant="student", metric="perplexity", relative_to="teacher", max=2)
     report = make_report(exports=[{"name": "fp8", "lane": "hf-unified", "format": "fp8",

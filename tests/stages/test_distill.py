@@ -417,8 +417,15 @@ def test_a_teacher_without_effect_is_refused(settings, student, teacher, tmp_pat
 
 
 def test_another_vocabulary_is_refused(make_student, settings, teacher, tmp_path, monkeypatch):
-    roles = {"student": make_student(vocab_size=520), "teacher": teacher}
-    refused(ModelError, "520 tokens .* 512", settings(), tmp_path, monkeypatch, **roles)
+    roles = {"student": make_student(vocab_size=500), "teacher": teacher}
+    refused(
+        ModelError,
+        "500 tokens .* 512; the tokenizer uses 512",
+        settings(),
+        tmp_path,
+        monkeypatch,
+        **roles,
+    )
 
 
 def test_another_tokenizer_is_refused(make_student, settings, teacher, tmp_path, monkeypatch):
@@ -427,6 +434,24 @@ def test_another_tokenizer_is_refused(make_student, settings, teacher, tmp_path,
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     roles = {"student": other, "teacher": teacher}
     refused(ModelError, "tokenizer.json .* differ", settings(), tmp_path, monkeypatch, **roles)
+
+
+def test_a_smaller_teacher_is_a_mix_up_unless_allowed(
+    make_student, settings, student, tmp_path, monkeypatch
+):
+    roles = {"student": student, "teacher": make_student(num_hidden_layers=2)}
+    refused(ModelError, "fewer than the student's", settings(), tmp_path, monkeypatch, **roles)
+    monkeypatch.undo()
+    done = distill(settings(allow_smaller_teacher=True, steps=1), **roles, out=tmp_path / "small")
+    assert done.metrics["steps"] == 1
+
+
+def test_an_earlier_student_of_the_same_size_may_teach(make_student, settings, student, tmp_path):
+    earlier = distill(
+        settings(steps=1), student=make_student(), teacher=student, out=tmp_path / "1"
+    )
+    again = distill(settings(steps=1), student=student, teacher=earlier, out=tmp_path / "2")
+    assert again.manifest.inputs["teacher"] == earlier.key
 
 
 def test_too_little_text_is_found_before_a_model_is_loaded(

@@ -97,9 +97,9 @@ def test_another_tokenizer(refusal, checkpoint):
 
 
 def test_another_vocabulary(refusal, checkpoint):
-    what, hint, _ = refusal(source=checkpoint("wide", vocab_size=520))
-    assert "512 tokens" in what
-    assert "520" in what
+    what, hint, _ = refusal(source=checkpoint("narrow", vocab_size=500))
+    assert "the tokenizer uses 512" in what
+    assert "500" in what
     assert "one vocabulary" in hint
 
 

@@ -173,9 +173,11 @@ def test_logits_that_are_not_finite_name_the_model(monkeypatch, config, student,
     assert not out.with_name("out.partial").exists()
 
 
-def test_a_padded_vocabulary_is_refused(monkeypatch, config, student, teacher, tmp_path):
-    with pytest.raises(ModelError, match="576 logits per token, its teacher 512"):
-        run_broken(monkeypatch, config, student, teacher, tmp_path / "out", vocab_size=576)
+def test_a_vocabulary_without_a_token_of_the_tokenizer_is_refused(
+    monkeypatch, config, student, teacher, tmp_path
+):
+    with pytest.raises(ModelError, match=r"500 tokens .* 512; the tokenizer uses 512"):
+        run_broken(monkeypatch, config, student, teacher, tmp_path / "out", vocab_size=500)
 
 
 def test_another_tokenizer_is_refused(config, teacher, make_model, tokenizer_dir, tmp_path):

@@ -117,7 +117,7 @@ def test_the_bf16_cache_holds_what_an_online_bf16_teacher_says(teacher, blocks):
     model = OnlineTeacher().load(teacher.path, precision="bf16")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.from_numpy(blocks), use_cache=False).logits[:, :-1]
-    for (_, logp, tail), dense in zip(
+    for (_, logp, tail, _), dense in zip(
         top_k_rows(model, blocks, k=K, precision="bf16"), logits, strict=True
     ):
         expected = top_k_of(dense, K)

@@ -17,8 +17,10 @@ from trt_kd.stages.distill import DistillConfig, distill, train_student
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers import writing as writing_module
 from trt_kd.teachers.base import Teacher
+from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.identity import identity_of
+from trt_kd.teachers.mixing import Mixture
 from trt_kd.teachers.online import OnlineTeacher
 
 STEPS, VOCABULARY = 6, 512
@@ -55,6 +57,7 @@ def settings(text_file):
             "learning_rate": 1e-3,
             "checkpoint_every_steps": 2,
             "precision": "fp32",
+            "monitor": None,
         }
         return DistillConfig.model_validate(plain | changes)
 
@@ -276,12 +279,20 @@ def test_an_impossible_k_is_refused(settings, k):
 
 
 @pytest.mark.parametrize("kind", TEACHERS.names())
-def test_every_teacher_makes_ready_what_training_takes(kind, teacher, tmp_path, settings):
-    member: Teacher = TEACHERS.load(kind)()
+def test_every_teacher_makes_ready_what_training_takes(
+    kind, teacher, tmp_path, settings, teacher_options
+):
+    member: Teacher = TEACHERS.load(kind).model_validate({"kind": kind} | teacher_options(kind))
     blocks = token_blocks(settings().data, load_tokenizer(teacher.path), split="train", count=2)
     targets = member.targets(teacher.path, blocks, precision="fp32", work=tmp_path)
-    if kind == "cached":
+    if isinstance(targets, Cache):
         assert targets.holds(blocks).all()
-        assert targets.index.contents.identity == identity_of(teacher.path, precision="fp32")
     else:
-        assert not any(parameter.requires_grad for parameter in targets.parameters())
+        models = targets.models if isinstance(targets, Mixture) else [targets]
+        assert not any(one.requires_grad for model in models for one in model.parameters())
+
+
+def test_a_cache_says_whose_it_is(teacher, tmp_path, settings):
+    blocks = token_blocks(settings().data, load_tokenizer(teacher.path), split="train", count=1)
+    cache = CachedTeacher().targets(teacher.path, blocks, precision="fp32", work=tmp_path)
+    assert cache.index.contents.identity == identity_of(teacher.path, precision="fp32")

@@ -12,7 +12,9 @@ from trt_kd.config import StageConfig
 
 MANIFEST = "trt_kd.json"
 
-Kind = Literal["checkpoint", "scores", "quantized", "export", "evaluation", "benchmark", "report"]
+Kind = Literal[
+    "checkpoint", "scores", "text", "quantized", "export", "evaluation", "benchmark", "report"
+]
 Metric = float | int | str | bool | None | list[Any] | dict[str, Any]
 
 

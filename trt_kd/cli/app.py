@@ -49,6 +49,7 @@ STAGE_COMMANDS: list[Callable[..., None]] = [
     single.score,
     single.prune,
     single.search,
+    single.generate,
     single.distill,
     single.quantize,
     single.export,

@@ -128,6 +128,8 @@ def _print_plan(made: "Plan") -> None:
             f"\nteacher {teacher.parameters:,} parameters, student {student.parameters:,} "
             f"({share:.1%})"
         )
+    for warning in made.warnings:
+        print(f"warning: {warning}")
     totals = _totals(made)
     print(
         f"to do: {len(made.to_do)} of {len(made.steps)} steps, on this machine about "
@@ -156,6 +158,7 @@ def _as_json(made: "Plan") -> dict[str, Any]:
             for role, shape in shapes.items()
         },
         "to_do": _totals(made),
+        "warnings": list(made.warnings),
         "steps": [
             {
                 "name": planned.step.name,

@@ -93,6 +93,22 @@ def search(
     _run("prune", settings, config, out, as_json, {"source": source, "scores": scores})
 
 
+def generate(
+    settings: Settings = None,
+    *,
+    teacher: Teacher,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write text to distill on. Example: trt-kd generate --teacher t --out g texts=1000.
+
+    Then: trt-kd distill --teacher t --student p --out s SETTINGS, of which one is
+    'data.source={kind: generated, artifact: g}'
+    """
+    _run("generate", settings, config, out, as_json, {"teacher": teacher})
+
+
 def distill(
     settings: Settings = None,
     *,

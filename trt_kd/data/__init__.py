@@ -16,6 +16,7 @@ DATA: Registry["type[DataSource]"] = Registry(
         "stdlib_docstrings": "trt_kd.data.docstrings:StdlibDocstrings",
         "text": "trt_kd.data.text:TextFiles",
         "jsonl": "trt_kd.data.jsonl:JsonLines",
+        "generated": "trt_kd.data.generated:GeneratedText",
         "hf_dataset": "trt_kd.data.hub:HubDataset",
     },
 )

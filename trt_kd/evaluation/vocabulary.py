@@ -20,17 +20,8 @@ def tokenizer_identity(directory: Path) -> str:
     Raises:
         ModelError: if there is no ``tokenizer.json`` or it is damaged.
     """
-    path = directory / "tokenizer.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        merges = content["model"].get("merges")
-    except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read: {error.strerror}", hint="a fast tokenizer is needed"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
-    if merges:
+    content = _content(directory / "tokenizer.json")
+    if merges := content["model"].get("merges"):
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         content["model"]["merges"] = pairs
     content["model"] = _without_empty(content["model"])
@@ -57,10 +48,63 @@ def check_same_tokenizer(model: Path, teacher: Path) -> None:
         )
 
 
+def real_tokens(directory: Path) -> int:
+    """Tokens that the tokenizer in ``directory`` can give: one more than its highest id.
+
+    A model's vocabulary may be larger; its last rows are padding that no text reaches.
+
+    Raises:
+        ModelError: if there is no ``tokenizer.json`` or it is damaged.
+    """
+    path = directory / "tokenizer.json"
+    content = _content(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else vocabulary
+        ids = range(len(pairs)) if pairs is vocabulary else [number for _, number in pairs]
+        added = [token["id"] for token in content.get("added_tokens") or ()]
+        return int(max((*ids, *added))) + 1
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
+
+
+def check_padding(*, student: int, teacher: int, tokenizer: Path) -> None:
+    """Check that two vocabularies of different size differ in padding only.
+
+    Args:
+        student: tokens of the student's output head.
+        teacher: tokens of the teacher's output head.
+        tokenizer: folder of the tokenizer that both share.
+
+    Raises:
+        ModelError: if one of them lacks a token of the tokenizer.
+    """
+    if student != teacher and (real := real_tokens(tokenizer)) > min(student, teacher):
+        raise ModelError(
+            f"the student has {student:,} tokens and the teacher {teacher:,}; "
+            f"the tokenizer uses {real:,}",
+            hint="token distillation needs one vocabulary: prune the student from this teacher",
+        )
+
+
 def context_tokens(directory: Path, *, default: int = 2048) -> int:
     """Longest context that ``config.json`` in ``directory`` allows."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return int(config.get("max_position_embeddings") or default)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What ``tokenizer.json`` says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["model"].get("merges")
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", hint="a fast tokenizer is needed"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
+    return content  # type: ignore[no-any-return]
 
 
 def _without_empty(settings: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def bucketed(
     count = kept.ids.shape[-1]
     if count < student_NV.shape[-1]:
         buckets_NK = torch.cat((buckets_NK, rest_N1.log()), -1)
-        tail_N1 = kept.tail.to(teacher_NK.dtype).unsqueeze(-1)
+        tail_N1 = kept.tail.to(teacher_NK.dtype).clamp_min(LOG_FLOOR).unsqueeze(-1)
         teacher_NK = torch.cat((teacher_NK, tail_N1), -1)
     labels_N = None if labels_T is None else _bucket_of(valid(labels_T, mask_T), kept.ids)
     value, gradient_NK = loss.value_and_gradient(buckets_NK, teacher_NK, everything_N, labels_N)

@@ -2,7 +2,8 @@
 
 Six roles stand in every report: the teacher, the teacher quantized (the first thing a sceptic
 asks for), the pruned model untrained, the same trained on plain cross-entropy, the distilled
-student, and the student quantized.
+student, and the student quantized; a corrected teacher is a seventh. All are held against the
+teacher as it was imported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from trt_kd.config import StageConfig
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
 from trt_kd.stages.export import ExportConfig
+from trt_kd.stages.prune import PruneConfig
 from trt_kd.stages.report import ReportConfig
 from trt_kd.stages.score import scoring_of
 
@@ -45,14 +47,29 @@ def steps(recipe: Recipe) -> list[Step]:
 
 def _training(recipe: Recipe) -> Iterator[Step]:
     yield Step("teacher", recipe.import_)
-    scores = {}
-    if recipe.prune.searching:
-        yield Step("scores", scoring_of(recipe.prune), {"source": "teacher"})
-        scores = {"scores": "scores"}
-    yield Step("pruned", recipe.prune, {"source": "teacher", **scores})
-    yield Step("student", recipe.distill, {"teacher": "teacher", "student": "pruned"})
+    source = "teacher"
+    if recipe.correct is not None:
+        yield Step("corrected", recipe.correct.training(recipe.distill.data), {"student": source})
+        source = "corrected"
+    for number, cut in enumerate(recipe.assistants, start=1):
+        name = f"assistant-{number}"
+        yield from _cut(cut, source, name=f"{name}-pruned", scores=f"{name}-scores")
+        yield Step(name, recipe.distill, {"teacher": source, "student": f"{name}-pruned"})
+        source = name
+    yield from _cut(recipe.prune, source, name="pruned", scores="scores")
+    teacher = {"teacher": source} if recipe.distill.teacher.needs_checkpoint else {}
+    yield Step("student", recipe.distill, {**teacher, "student": "pruned"})
     if recipe.cross_entropy_control:
         yield Step("cross_entropy", recipe.distill.cross_entropy(), {"student": "pruned"})
+
+
+def _cut(cut: PruneConfig, source: str, *, name: str, scores: str) -> Iterator[Step]:
+    """The step that cuts ``source``, with the scores that a search needs before it."""
+    inputs = {"source": source}
+    if cut.searching:
+        yield Step(scores, scoring_of(cut), dict(inputs))
+        inputs["scores"] = scores
+    yield Step(name, cut, inputs)
 
 
 def _exports(recipe: Recipe, role: str) -> Iterator[Step]:
@@ -83,11 +100,14 @@ def measured_roles(recipe: Recipe) -> dict[str, str]:
     measured = {
         "teacher": "teacher",
         "teacher_quantized": "teacher-deploy",
+        "corrected": "corrected",
         "pruned": "pruned",
         "cross_entropy": "cross_entropy",
         "student": "student",
         "student_quantized": "student-deploy",
     }
+    if recipe.correct is None:
+        del measured["corrected"]
     if not recipe.cross_entropy_control:
         del measured["cross_entropy"]
     return measured

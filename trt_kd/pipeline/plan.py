@@ -3,8 +3,9 @@
 Nothing here loads a model: what can be refused from settings and ``config.json`` is refused now.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from trt_kd.reporting.gates import unmet_needs
 
 State = Literal["done", "to do", "to resume", "to restore"]
 SUPERSEDED = "superseded"
+SMALLEST_SHARE = 0.25
+"""Parameters of a student by its teacher's below which imitation is known to suffer."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Plan:
     root: Path
     steps: list[PlannedStep]
     shapes: Shapes
+    warnings: tuple[str, ...] = ()
+    """What is likely to disappoint."""
 
     @property
     def to_do(self) -> list[PlannedStep]:
@@ -64,7 +69,7 @@ def make_plan(recipe: Recipe, root: Path) -> Plan:
         state = _state(out, keys[step.name])
         cost = estimate(step, shapes)
         planned.append(PlannedStep(step, keys[step.name], state, out, cost))
-    return Plan(root, planned, shapes)
+    return Plan(root, planned, shapes, tuple(_gaps(recipe, shapes)))
 
 
 def planned_shapes(recipe: Recipe) -> Shapes:
@@ -72,7 +77,31 @@ def planned_shapes(recipe: Recipe) -> Shapes:
     teacher = recipe.import_.known_shape()
     if teacher is None:
         return Shapes(None, None)
-    return Shapes(teacher, recipe.prune.planned(teacher))
+    return Shapes(teacher, recipe.prune.planned(_assistants(recipe, teacher)[-1]))
+
+
+def _assistants(recipe: Recipe, teacher: ModelShape) -> list[ModelShape]:
+    """Shapes of the teacher and of every assistant after it."""
+    shapes = [teacher]
+    for cut in recipe.assistants:
+        shapes.append(cut.planned(shapes[-1]))
+    return shapes
+
+
+def _gaps(recipe: Recipe, shapes: Shapes) -> Iterator[str]:
+    """Warn of students much smaller than what teaches them (arXiv:1902.03393)."""
+    if shapes.teacher is None or shapes.student is None:
+        return
+    chain = [*_assistants(recipe, shapes.teacher), shapes.student]
+    names = [f"assistant-{number}" for number in range(1, len(chain) - 1)]
+    taught = zip([*names, "student"], pairwise(chain), strict=True)
+    for name, (teacher, student) in taught:
+        share = student.parameters / teacher.parameters
+        if share < SMALLEST_SHARE:
+            yield (
+                f"{name} has {share:.0%} of the parameters of what teaches it; under "
+                f"{SMALLEST_SHARE:.0%} an assistant between the two usually pays: see assistants"
+            )
 
 
 def check_gates(recipe: Recipe) -> None:

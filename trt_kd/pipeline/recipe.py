@@ -7,10 +7,18 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from typing_extensions import Self
 
-from trt_kd.config import StrictModel, apply_overrides, plugin_field, read_yaml, validate
+from trt_kd.config import (
+    StageConfig,
+    StrictModel,
+    apply_overrides,
+    plugin_field,
+    read_yaml,
+    validate,
+)
 from trt_kd.data.base import DataConfig
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
+from trt_kd.pipeline.correction import Correction
 from trt_kd.reporting.gates import Gate
 from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.distill import DistillConfig
@@ -61,6 +69,11 @@ class Recipe(StrictModel):
     """Text of every section that does not set its own."""
     import_: ImportConfig = Field(alias="import")
     """The teacher."""
+    correct: Correction | None = None
+    """Adapt the teacher to the text of ``distill`` before all else; null leaves it as it is."""
+    assistants: list[PruneConfig] = []
+    """Cuts on the way, the largest first: each is distilled like the student, and the next model is
+    cut from it and taught by it."""
     prune: PruneConfig
     """What to cut."""
     distill: DistillConfig
@@ -78,11 +91,23 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _one_vocabulary(self) -> Self:
-        if any(axis.kind == "vocab" for axis in self.prune.axes):
+        cuts = [*self.assistants, self.prune]
+        if any(axis.kind == "vocab" for cut in cuts for axis in cut.axes):
             raise ValueError(
                 "prune.axes: vocab changes the tokens, and teacher and student must share them; "
                 "cut the vocabulary first (trt-kd prune) and import the result as the teacher"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_is_a_checkpoint(self) -> Self:
+        if not self.distill.teacher.needs_checkpoint:
+            for name in ("correct", "assistants"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} has no effect on a {self.distill.teacher.kind} teacher: leave it "
+                        "out, or choose another kind of distill.teacher"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -122,6 +147,10 @@ def _inherit(section: M, shared: dict[str, Any]) -> M:
             update[name] = shared[name]
         elif _has_sections(value):
             update[name] = _inherit(value, shared)
+        elif isinstance(value, list):
+            update[name] = [
+                _inherit(item, shared) if _has_sections(item) else item for item in value
+            ]
         elif isinstance(value, dict):
             update[name] = {
                 key: _inherit(item, shared) if _has_sections(item) else item
@@ -144,6 +173,10 @@ def _rehearsed(section: M) -> M:
                 key: _rehearsed(item) if isinstance(item, StrictModel) else item
                 for key, item in value.items()
             }
+        elif isinstance(value, list):
+            update[name] = [
+                item.rehearsal() if isinstance(item, StageConfig) else item for item in value
+            ]
         elif hasattr(value, "rehearsal"):
             update[name] = value.rehearsal()
         elif isinstance(value, ExportSection | ExportSpec):

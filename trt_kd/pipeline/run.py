@@ -23,6 +23,8 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     """Bring every step of ``recipe`` below ``root`` to "done"; return the artifacts by step."""
     plan = make_plan(recipe, root)
     check_disk(plan)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
     done: dict[str, Artifact] = {}
     verified: set[str] = set()
     with locked(root):

@@ -36,6 +36,7 @@ STAGES: dict[str, Stage] = {
     "import": _stage("import_model", "import_model", "ImportConfig", "bring a model in"),
     "score": _stage("score", "score", "ScoreConfig", "score every part for a search"),
     "prune": _stage("prune", "prune", "PruneConfig", "cut width and depth, then reconstruct"),
+    "generate": _stage("generate", "generate", "GenerateConfig", "let the teacher write text"),
     "distill": _stage("distill", "distill", "DistillConfig", "recover by distillation"),
     "quantize": _stage("quantize", "quantize", "QuantizeConfig", "calibrate low-bit formats"),
     "export": _stage("export", "export", "ExportConfig", "write for a runtime and read back"),

@@ -23,11 +23,12 @@ from trt_kd.reporting.model import (
     Variant,
 )
 
-UNQUANTIZED: tuple[Role, ...] = ("student", "teacher", "pruned", "cross_entropy")
+UNQUANTIZED: tuple[Role, ...] = ("student", "teacher", "corrected", "pruned", "cross_entropy")
 PARTS = ("model", "shipped", "evaluation")
 LABELS: dict[Role, str] = {
     "teacher": "teacher",
     "teacher_quantized": "teacher, {format}",
+    "corrected": "teacher, corrected",
     "pruned": "pruned, untrained",
     "cross_entropy": "trained on cross-entropy",
     "student": "student",

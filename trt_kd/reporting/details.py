@@ -61,13 +61,15 @@ def _three(*values: float) -> str:
     return " / ".join(significant(value) for value in values)
 
 
-STEPS: tuple[tuple[str, Role, Role, str], ...] = (
-    ("Pruning", "teacher", "pruned", "model"),
-    ("Distillation", "pruned", "student", "model"),
-    ("Cross-entropy instead", "pruned", "cross_entropy", "model"),
-    ("Quantization of the student", "student", "student_quantized", "shipped"),
-    ("Quantization of the teacher", "teacher", "teacher_quantized", "shipped"),
+STEPS: tuple[tuple[str, tuple[Role, ...], Role, str], ...] = (
+    ("Correction of the teacher", ("teacher",), "corrected", "model"),
+    ("Pruning", ("corrected", "teacher"), "pruned", "model"),
+    ("Distillation", ("pruned",), "student", "model"),
+    ("Cross-entropy instead", ("pruned",), "cross_entropy", "model"),
+    ("Quantization of the student", ("student",), "student_quantized", "shipped"),
+    ("Quantization of the teacher", ("teacher",), "teacher_quantized", "shipped"),
 )
+"""Title, what there was before (the first of these roles that the report has), after, and part."""
 
 
 def stage_costs(report: Report) -> Table:
@@ -77,8 +79,9 @@ def stage_costs(report: Report) -> Table:
         "KL given back", "Duration",
     ]  # fmt: skip
     rows = []
-    for title, before_role, after_role, part in STEPS:
-        before, after = report.variant(before_role), report.variant(after_role)
+    for title, before_roles, after_role, part in STEPS:
+        found = map(report.variant, before_roles)
+        before, after = next(filter(None, found), None), report.variant(after_role)
         if before is None or after is None:
             continue
         seconds = after.seconds.get(part)
@@ -87,7 +90,7 @@ def stage_costs(report: Report) -> Table:
             _moved(before, after, lambda v: v.quality.kl_to_teacher_nats, 3),
             _moved(before, after, lambda v: scaled(v.quality.top1_agreement, 100), 1),
             _moved(before, after, lambda v: scaled(mean_accuracy(v), 100), 1),
-            Cell(_given_back(before, after) if before_role == "pruned" else MISSING),
+            Cell(_given_back(before, after) if before.role == "pruned" else MISSING),
             Cell(duration(seconds) if seconds else MISSING),
         ]
         rows.append(Row(title, cells, detail=f"{before.name} to {after.name}"))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COLOURS: dict[Role, str] = {
     "teacher": "#8a8a8a",
     "teacher_quantized": "#8a8a8a",
+    "corrected": "#009e73",
     "pruned": "#d55e00",
     "cross_entropy": "#cc79a7",
     "student": "#0087c7",

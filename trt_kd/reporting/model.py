@@ -13,13 +13,20 @@ from trt_kd.reporting.search_model import SizeSearch
 from trt_kd.reporting.training_model import Training
 
 Role = Literal[
-    "teacher", "teacher_quantized", "pruned", "cross_entropy", "student", "student_quantized"
+    "teacher",
+    "teacher_quantized",
+    "corrected",
+    "pruned",
+    "cross_entropy",
+    "student",
+    "student_quantized",
 ]
 """What a variant stands for in the comparison."""
 
 ROLES: tuple[Role, ...] = (
     "teacher",
     "teacher_quantized",
+    "corrected",
     "pruned",
     "cross_entropy",
     "student",

@@ -15,6 +15,7 @@ from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dt
 from trt_kd.config import StageConfig, plugin_field
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ConfigError, ModelError
+from trt_kd.evaluation.vocabulary import check_padding
 from trt_kd.losses import LOSSES
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.kl import ForwardKL
@@ -63,7 +64,7 @@ class DistillConfig(Schedule, StageConfig):
     teacher: plugin_field(TEACHERS, Teacher) = OnlineTeacher()  # type: ignore[valid-type]
     """How the teacher's logits are had."""
     allow_smaller_teacher: bool = False
-    """Learn from a teacher with fewer parameters than the student all the same."""
+    """Let a teacher of fewer parameters than the student teach; by default that is a mix-up."""
     data: DataConfig = DataConfig()
     """Training text; blocks are read in order, each once."""
 
@@ -148,8 +149,8 @@ class DistillConfig(Schedule, StageConfig):
         return self.sequences * self.data.block_tokens
 
     def outside(self) -> dict[str, str]:
-        """Fingerprint of the training text."""
-        return self.data.outside()
+        """Fingerprints of the training text and of what the teacher reads."""
+        return {**self.data.outside(), **self.teacher.outside()}
 
     def rehearsal(self) -> Self:
         """Two steps of one sequence, a checkpoint after each."""
@@ -195,16 +196,17 @@ def distill(
 
     Raises:
         ConfigError: if a teacher is missing, or given and not used.
-        ModelError: if teacher and student do not share vocabulary and tokenizer.
+        ModelError: if teacher and student do not share vocabulary and tokenizer, or the teacher is
+            the smaller one.
         DataError: if the text is too short for the steps.
         TrtKdError: if the loss stops being finite.
     """
     check_teacher(config, has_teacher=teacher is not None)
     training = config
     if teacher is not None:
-        check_pair(student=student.path, teacher=teacher.path)
-        if not config.allow_smaller_teacher:
-            check_larger(student=student.path, teacher=teacher.path)
+        for path in (teacher.path, *config.teacher.further()):
+            check_pair(student=student.path, teacher=path)
+        check_sizes(config, student=student.path, teacher=teacher.path)
         training = _with_pairs(config, student, teacher)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
@@ -223,8 +225,9 @@ def distill(
         claim(work, work_key(config, {role: artifact.key for role, artifact in inputs.items()}))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
+        asked = teacher or (student if config.uses_teacher else None)
         log = train_student(
-            training, model, blocks, teacher.path if teacher else None, work, heldout=heldout
+            training, model, blocks, asked.path if asked else None, work, heldout=heldout
         )
         _save(model, student.path, draft.path)
         write_rows(log.steps, draft.path / "history.jsonl")
@@ -279,7 +282,13 @@ def train_student(
 
     seen = blocks if heldout is None else np.concatenate([blocks, heldout])
     targets = (
-        config.teacher.targets(teacher, seen, precision=config.precision, work=work)
+        config.teacher.targets(
+            teacher,
+            seen,
+            precision=config.precision,
+            work=work,
+            vocabulary=model.config.vocab_size,
+        )
         if isinstance(teacher, Path)
         else teacher
     )
@@ -294,12 +303,18 @@ def train_student(
 
 
 def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
-    """Check that a teacher is given if and only if the objective uses one.
+    """Check that a teacher's checkpoint is given if and only if the objective uses one.
 
     Raises:
         ConfigError: if it is not so.
     """
-    if config.uses_teacher and not has_teacher:
+    needs = config.uses_teacher and config.teacher.needs_checkpoint
+    if has_teacher and config.uses_teacher and not needs:
+        raise ConfigError(
+            f"teacher {config.teacher.kind} reads no checkpoint: the one given has no effect",
+            hint="leave it out, or choose another kind of teacher",
+        )
+    if needs and not has_teacher:
         weight = peak(config.response_weight)
         what = f"response_weight {weight:g} needs" if weight else "features need"
         raise ConfigError(
@@ -316,15 +331,13 @@ def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
 def check_pair(*, student: Path, teacher: Path) -> None:
     """Check, from small files alone, that both models speak of the same tokens.
 
+    Vocabularies may differ in padding: rows of the output head that no token of the tokenizer uses.
+
     Raises:
-        ModelError: if vocabulary sizes or tokenizers differ.
+        ModelError: if tokenizers differ, or a vocabulary lacks a token of the tokenizer.
     """
-    sizes = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
-    if sizes["student"] != sizes["teacher"]:
-        raise ModelError(
-            f"the student has {sizes['student']:,} tokens and the teacher {sizes['teacher']:,}",
-            hint="token distillation needs one vocabulary: prune the student from this teacher",
-        )
+    vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
+    check_padding(**vocabularies, tokenizer=student)
     if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",
@@ -332,14 +345,16 @@ def check_pair(*, student: Path, teacher: Path) -> None:
         )
 
 
-def check_larger(*, student: Path, teacher: Path) -> None:
-    """Check that the teacher has at least as many parameters as the student.
+def check_sizes(config: DistillConfig, *, student: Path, teacher: Path) -> None:
+    """Check that the teacher is no smaller than the student, unless the settings allow it.
+
+    One of equal size is welcome: the student's own earlier self (arXiv:1805.04770).
 
     Raises:
-        ModelError: if it has fewer: most often the two were given the wrong way round.
+        ModelError: if it is smaller: most often the two were given the wrong way round.
     """
     small, large = read_shape(student).parameters, read_shape(teacher).parameters
-    if small > large:
+    if small > large and not config.allow_smaller_teacher:
         raise ModelError(
             f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
             hint="give them the other way round, or set allow_smaller_teacher=true",

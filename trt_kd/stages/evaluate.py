@@ -19,9 +19,9 @@ from trt_kd.backends.base import Session, backend_for
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
-from trt_kd.errors import ArtifactError, ModelError, VerificationError
+from trt_kd.errors import ArtifactError, VerificationError
 from trt_kd.evaluation import TASKS
-from trt_kd.evaluation.vocabulary import check_same_tokenizer, context_tokens
+from trt_kd.evaluation.vocabulary import check_padding, check_same_tokenizer, context_tokens
 from trt_kd.optional import require
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ def evaluate(config: EvaluateConfig, *, model: Artifact, teacher: Artifact, out:
 def _compare(
     session: Session, model: Artifact, teacher: Artifact, blocks: np.ndarray, batch: int
 ) -> "BlockScores":
-    """Score held-out blocks; a model that is its own teacher runs once."""
+    """Score held-out blocks; a model that is its own teacher runs once.
+
+    Where one vocabulary is longer, by padding, both are scored on the tokens that both have.
+    """
     from trt_kd.evaluation.fidelity import block_scores, joined
 
     def scores_beside(other: Session | None) -> "BlockScores":
@@ -138,18 +141,16 @@ def _compare(
             teacher_BLV = (
                 model_BLV if other is None else _finite(other.logits(tokens_BL), teacher, start)
             )
-            parts.append(block_scores(model_BLV, teacher_BLV, tokens_BL))
+            shared = min(model_BLV.shape[-1], teacher_BLV.shape[-1])  # the rest is padding
+            pair = model_BLV[..., :shared], teacher_BLV[..., :shared]
+            parts.append(block_scores(*pair, tokens_BL))
         return joined(parts)
 
     if model.key == teacher.key:
         return scores_beside(None)
     with backend_for(teacher).load(teacher.path) as other:
-        if other.vocab_size != session.vocab_size:
-            raise ModelError(
-                f"{model.path} has {session.vocab_size:,} logits per token, "
-                f"its teacher {other.vocab_size:,}",
-                hint="give the model's own teacher; padded vocabularies cannot be compared",
-            )
+        sizes = {"student": session.vocab_size, "teacher": other.vocab_size}
+        check_padding(**sizes, tokenizer=teacher.path)
         return scores_beside(other)
 
 

@@ -8,5 +8,7 @@ TEACHERS: Registry[type[Teacher]] = Registry(
     {
         "online": "trt_kd.teachers.online:OnlineTeacher",
         "cached": "trt_kd.teachers.cached:CachedTeacher",
+        "served": "trt_kd.teachers.served:ServedTeacher",
+        "several": "trt_kd.teachers.several:SeveralTeachers",
     },
 )

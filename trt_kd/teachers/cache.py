@@ -112,9 +112,16 @@ class Cache:
         ids, logp, tail = (np.concatenate(parts) for parts in zip(*decoded, strict=True))
         return TopK(torch.from_numpy(ids), torch.from_numpy(logp), torch.from_numpy(tail))
 
-    def _decoded(
-        self, sample: bytes, tokens_BL: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def dropped(self, tokens_BL: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Mean probability per row, of every block, of tokens left out of the vocabulary.
+
+        Raises:
+            ArtifactError: if a block is not there.
+        """
+        places = [self._place(sample, tokens_BL) for sample in sample_ids(tokens_BL)]
+        return np.array([shard.dropped[place] for shard, place in places], dtype=np.float32)
+
+    def _place(self, sample: bytes, tokens_BL: NDArray[np.int64]) -> tuple[Shard, int]:
         if sample not in self._places:
             missing = int((~self.holds(tokens_BL)).sum())
             raise ArtifactError(
@@ -122,7 +129,12 @@ class Cache:
                 f"first {sample.hex()[:12]} of {tokens_BL.shape[1]} tokens",
                 hint="text, block_tokens or seed changed since it was written: write it again",
             )
-        shard, place = self._places[sample]
+        return self._places[sample]
+
+    def _decoded(
+        self, sample: bytes, tokens_BL: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        shard, place = self._place(sample, tokens_BL)
         size = self.index.contents.identity.vocabulary
         try:
             return decode(shard.payload(place), rows=tokens_BL.shape[1] - 1, k=self.k, size=size)

@@ -30,7 +30,13 @@ class CachedTeacher(Teacher):
     by fingerprints whose it is, so the folder is no part of a run's identity or manifest."""
 
     def targets(
-        self, directory: Path, blocks: "NDArray[np.int64]", *, precision: Precision, work: Path
+        self,
+        directory: Path,
+        blocks: "NDArray[np.int64]",
+        *,
+        precision: Precision,
+        work: Path,
+        vocabulary: int | None = None,
     ) -> "Cache":
         """See the base class; the checkpoint is loaded only if the cache lacks a block.
 
@@ -41,13 +47,15 @@ class CachedTeacher(Teacher):
         from trt_kd.teachers.identity import identity_of
         from trt_kd.teachers.writing import write_cache
 
-        return write_cache(
-            self.cache or work / "logits",
-            partial(OnlineTeacher().load, directory, precision=precision),
-            blocks,
-            k=self.k,
-            identity=identity_of(directory, precision=precision),
+        identity = identity_of(directory, precision=precision)
+        if vocabulary is not None and vocabulary < identity.vocabulary:
+            identity = identity.model_copy(update={"vocabulary": vocabulary})
+        online = OnlineTeacher(max_dropped_mass=self.max_dropped_mass)
+        load = partial(
+            online.targets, directory, blocks, precision=precision, work=work, vocabulary=vocabulary
         )
+        directory_of_cache = self.cache or work / "logits"
+        return write_cache(directory_of_cache, load, blocks, k=self.k, identity=identity)
 
     def problem(self, loss: "KDLoss") -> str | None:
         """See the base class."""

@@ -3,7 +3,7 @@
 Shape suffixes: B blocks, L positions, T rows, D hidden size, V vocabulary, K kept tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trt_kd.errors import ModelError
+from trt_kd.losses.maths import wide
 from trt_kd.losses.top_k import TopK, top_k_of
 from trt_kd.teachers.base import Precision
 
@@ -20,47 +21,104 @@ LOGITS_BYTES = 64 << 20
 """Size of the float32 logits that exist at a time."""
 
 
-Rows = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
+class Rows(NamedTuple):
+    """What a cache keeps of one block of L tokens: L - 1 rows."""
+
+    ids: NDArray[np.int64]
+    """Kept tokens ``[L - 1, K]``."""
+    logp: NDArray[np.float32]
+    """Their log-probabilities ``[L - 1, K]``, in nats."""
+    tail: NDArray[np.float32]
+    """Log-mass of all other tokens ``[L - 1]``."""
+    dropped: NDArray[np.float32]
+    """Probability of tokens that are left out of the vocabulary ``[L - 1]``."""
 
 
 @torch.no_grad()
 def top_k_rows(
-    model: PreTrainedModel, blocks: NDArray[np.int64], *, k: int, precision: Precision
+    model: PreTrainedModel,
+    blocks: NDArray[np.int64],
+    *,
+    k: int,
+    precision: Precision,
+    vocabulary: int | None = None,
 ) -> list[Rows]:
-    """Ids, log-probabilities and tail, of every block ``[B, L]``, L - 1 rows each.
+    """Rows of every block ``[B, L]``.
 
-    The same logits, bf16 rounding included, as an online teacher's.
+    The same logits, bf16 rounding included, as an online teacher's. Where ``vocabulary`` is less
+    than the teacher's, tokens from there on are left out and the others scaled up.
 
     Raises:
         ModelError: if the teacher gives NaN or infinity.
     """
+    top, dropped_T = _top_k(model, blocks, k, precision, vocabulary)
+    if not bool(top.logp.isfinite().all()):
+        raise ModelError(
+            "the teacher's log-probabilities are not finite",
+            hint="set precision: fp32, or look for NaN in its weights",
+        )
+    whole = [part.cpu().numpy() for part in (top.ids, top.logp, top.tail, dropped_T)]
+    parts = zip(*(np.split(part, len(blocks)) for part in whole), strict=True)
+    return [Rows(*part) for part in parts]
+
+
+def check_dropped_mass(
+    model: PreTrainedModel,
+    blocks: NDArray[np.int64],
+    vocabulary: int,
+    precision: Precision,
+    *,
+    limit: float,
+) -> None:
+    """Check what the teacher gives, on ``blocks``, to tokens from ``vocabulary`` on.
+
+    Raises:
+        ModelError: if it is more than ``limit`` per token on average.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if vocabulary >= len(head.weight):
+        return
+    rows = top_k_rows(model, blocks, k=1, precision=precision, vocabulary=vocabulary)
+    mass = float(np.mean([row.dropped for row in rows]))
+    if not mass <= limit:
+        raise ModelError(
+            f"the teacher gives {mass:.2g} of its probability per token to the "
+            f"{len(head.weight) - vocabulary:,} tokens that the student lacks, limit {limit:g}",
+            hint="use a student of the teacher's vocabulary, or raise teacher.max_dropped_mass",
+        )
+
+
+def share_dropped(kept_TV: Tensor, dropped_TP: Tensor) -> Tensor:
+    """Probability ``[T]`` of the tokens behind ``dropped_TP`` among all, from logits, float32."""
+    return torch.sigmoid(wide(dropped_TP).logsumexp(-1) - wide(kept_TV).logsumexp(-1))
+
+
+def _top_k(
+    model: PreTrainedModel,
+    blocks: NDArray[np.int64],
+    k: int,
+    precision: Precision,
+    vocabulary: int | None,
+) -> tuple[TopK, Tensor]:
+    """Rows of all T positions, some logits at a time, and the mass that is left out."""
     tokens_BL = torch.from_numpy(np.ascontiguousarray(blocks)).to(model.device)
     parts: Any = model
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden_BLD = parts.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state
     head = parts.get_output_embeddings()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    top = _top_k(head, hidden_BLD[:, :-1].flatten(0, 1), k, dtype)
-    if not bool(top.logp.isfinite().all()):
-        raise ModelError(
-            "the teacher's log-probabilities are not finite",
-            hint="set precision: fp32, or look for NaN in its weights",
-        )
-    whole = [part.cpu().numpy() for part in (top.ids, top.logp, top.tail)]
-    return list(zip(*(np.split(part, len(blocks)) for part in whole), strict=True))
-
-
-def _top_k(head: nn.Linear, hidden_TD: Tensor, k: int, dtype: torch.dtype) -> TopK:
-    """Rows of all T hidden states, some logits at a time."""
     weight_VD, bias_V = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    tops, dropped = [], []
     step = max(1, LOGITS_BYTES // (4 * len(weight_VD)))
-    pieces = torch.split(hidden_TD.to(dtype), step)
-    tops = [top_k_of(functional.linear(piece, weight_VD, bias_V), k) for piece in pieces]
-    return TopK(
-        torch.cat([top.ids for top in tops]),
-        torch.cat([top.logp for top in tops]),
-        torch.cat([top.tail for top in tops]),
-    )
+    for piece_TD in torch.split(hidden_BLD[:, :-1].flatten(0, 1).to(dtype), step):
+        logits_TV = functional.linear(piece_TD, weight_VD, bias_V)
+        kept_TV, rest_TP = logits_TV[:, :vocabulary], logits_TV[:, vocabulary or len(weight_VD) :]
+        tops.append(top_k_of(kept_TV, k))
+        dropped.append(
+            share_dropped(kept_TV, rest_TP) if rest_TP.shape[1] else torch.zeros(len(logits_TV))
+        )
+    joined = [torch.cat([getattr(top, name) for top in tops]) for name in ("ids", "logp", "tail")]
+    return TopK(*joined), torch.cat(dropped)
 
 
 def check_linear_head(model: Any, role: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact
@@ -21,8 +22,21 @@ class Identity(StrictModel):
     """sha256 of ``tokenizer.json``."""
     vocabulary: int
     """Tokens of the output head."""
-    precision: Precision
+    precision: Precision | Literal["served"]
     """Of the forward pass's matrix products."""
+
+
+def digest_of_checkpoint(directory: Path) -> str:
+    """sha256 over the digests of ``config.json`` and the weights; an artifact's are known.
+
+    Raises:
+        ModelError: if a file is missing or damaged.
+    """
+    check_weights(directory)
+    names = ["config.json", *sorted(path.name for path in directory.glob("*.safetensors"))]
+    known = Artifact.open(directory).manifest.files if (directory / MANIFEST).is_file() else {}
+    digests = [f"{name} {known.get(name) or sha256_of(directory / name)}" for name in names]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def identity_of(directory: Path, *, precision: Precision) -> Identity:
@@ -31,15 +45,11 @@ def identity_of(directory: Path, *, precision: Precision) -> Identity:
     Raises:
         ModelError: if a file is missing or damaged.
     """
-    check_weights(directory)
-    names = ["config.json", *sorted(path.name for path in directory.glob("*.safetensors"))]
-    known = Artifact.open(directory).manifest.files if (directory / MANIFEST).is_file() else {}
     tokenizer = directory / "tokenizer.json"
     if not tokenizer.is_file():
         raise ModelError(f"{tokenizer} is missing", hint="import the model again from its source")
-    digests = [f"{name} {known.get(name) or sha256_of(directory / name)}" for name in names]
     return Identity(
-        teacher=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        teacher=digest_of_checkpoint(directory),
         tokenizer=sha256_of(tokenizer),
         vocabulary=read_shape(directory).vocab,
         precision=precision,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trt_kd.checkpoints import load_model
-from trt_kd.teachers.base import Precision, Teacher
+from trt_kd.teachers.base import CHECKED_BLOCKS, Precision, Teacher
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,10 +21,22 @@ class OnlineTeacher(Teacher):
     """Name in the registry."""
 
     def targets(
-        self, directory: Path, blocks: "NDArray[np.int64]", *, precision: Precision, work: Path
+        self,
+        directory: Path,
+        blocks: "NDArray[np.int64]",
+        *,
+        precision: Precision,
+        work: Path,
+        vocabulary: int | None = None,
     ) -> "PreTrainedModel":
         """See the base class; the blocks are seen as training comes to them."""
-        return self.load(directory, precision=precision)
+        from trt_kd.teachers.forward import check_dropped_mass
+
+        model = self.load(directory, precision=precision)
+        if vocabulary is not None:
+            first = blocks[:CHECKED_BLOCKS]
+            check_dropped_mass(model, first, vocabulary, precision, limit=self.max_dropped_mass)
+        return model
 
     def load(self, directory: Path, *, precision: Precision) -> "PreTrainedModel":
         """Load the checkpoint, frozen, in evaluation mode.

@@ -92,6 +92,13 @@ class Shard:
         return payload.tobytes()
 
     @cached_property
+    def dropped(self) -> NDArray[np.float32]:
+        """Mean probability per row, of every sample, of tokens left out of the vocabulary."""
+        if "dropped" not in self._file.keys():  # noqa: SIM118 - no mapping
+            return np.zeros(len(self.samples), dtype=np.float32)
+        return self._file.get_tensor("dropped")  # type: ignore[no-any-return]
+
+    @cached_property
     def _file(self) -> Any:
         from safetensors import SafetensorError, safe_open
 
@@ -109,9 +116,19 @@ class Shard:
         return self._file.get_slice("payload")
 
 
-def write_shard(
-    path: Path, contents: Contents, samples: Sequence[bytes], payloads: Sequence[bytes]
-) -> Shard:
+@dataclass(frozen=True)
+class Samples:
+    """What goes into a shard, sample by sample."""
+
+    ids: Sequence[bytes]
+    """See ``sample_ids``."""
+    payloads: Sequence[bytes]
+    """Encoded rows."""
+    dropped: Sequence[float]
+    """Mean probability per row of tokens that are left out of the vocabulary."""
+
+
+def write_shard(path: Path, contents: Contents, samples: Samples) -> Shard:
     """Write, sync and rename into place; equal samples give equal bytes.
 
     Raises:
@@ -119,12 +136,14 @@ def write_shard(
     """
     from safetensors.numpy import save
 
-    lengths = np.array([len(payload) for payload in payloads], dtype=np.int64)
+    lengths = np.array([len(payload) for payload in samples.payloads], dtype=np.int64)
     tensors = {
-        "ids": np.frombuffer(b"".join(samples), dtype=np.uint8),
+        "ids": np.frombuffer(b"".join(samples.ids), dtype=np.uint8),
         "offsets": np.concatenate((np.zeros(1, dtype=np.int64), lengths.cumsum())),
-        "payload": np.frombuffer(b"".join(payloads), dtype=np.uint8),
+        "payload": np.frombuffer(b"".join(samples.payloads), dtype=np.uint8),
     }
+    if any(samples.dropped):
+        tensors["dropped"] = np.array(samples.dropped, dtype=np.float32)
     header = json.dumps(contents.model_dump(mode="json"), sort_keys=True)
     put(path, save(tensors, {_HEADER: header}))
     return Shard(path)

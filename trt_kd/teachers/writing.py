@@ -5,9 +5,10 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,14 @@ from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.teachers.cache import INDEX, Cache, Index, ShardEntry, read_index
 from trt_kd.teachers.coding import bytes_per_row, encode
 from trt_kd.teachers.identity import Identity, check_identity
-from trt_kd.teachers.shards import Contents, Shard, put, sample_ids, write_shard
+from trt_kd.teachers.shards import Contents, Samples, Shard, put, sample_ids, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from trt_kd.teachers.forward import Rows
+
+    RowsOf: TypeAlias = Callable[[NDArray[np.int64]], list[Rows]]
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +42,7 @@ def write_cache(
     identity: Identity,
     batch_size: int = 4,
 ) -> Cache:
-    """Add the blocks that the cache in ``directory`` lacks, and open it.
-
-    A run that was cut off goes on after its last complete shard, and ends with the same bytes as
-    one that was not. Of two runs at once, the second waits for the first.
+    """Fill a cache from a model, see ``fill_cache``.
 
     Args:
         directory: of the cache; made if need be.
@@ -55,12 +57,46 @@ def write_cache(
         ModelError: if the cache is of another teacher or k, k is above the vocabulary, or the
             teacher's head is not linear or gives NaN.
     """
-    if k > identity.vocabulary:
+    contents = Contents(k=k, identity=identity)
+    return fill_cache(
+        directory,
+        lambda: _running(load(), contents),
+        blocks,
+        contents=contents,
+        batch_size=batch_size,
+    )
+
+
+def fill_cache(
+    directory: Path,
+    teacher: "Callable[[], RowsOf]",
+    blocks: NDArray[np.int64],
+    *,
+    contents: Contents,
+    batch_size: int,
+) -> Cache:
+    """Add the blocks that the cache in ``directory`` lacks, and open it.
+
+    A run that was cut off goes on after its last complete shard, and ends with the same bytes as
+    one that was not. Of two runs at once, the second waits for the first.
+
+    Args:
+        directory: of the cache; made if need be.
+        teacher: makes ready what gives the rows of blocks; called only if a block is missing.
+        blocks: token ids ``[count, L]``.
+        contents: tokens to keep per position, and whose they are.
+        batch_size: blocks asked for at a time; where the cache is resumed it should be the same.
+
+    Raises:
+        ArtifactError: if the disk lacks space, or a shard is damaged.
+        ModelError: if the cache is of another teacher or k, or k is above the vocabulary.
+    """
+    identity = contents.identity
+    if contents.k > identity.vocabulary:
         raise ModelError(
-            f"k {k} is more than the teacher's {identity.vocabulary} tokens",
+            f"k {contents.k} is more than the teacher's {identity.vocabulary} tokens",
             hint=f"set k to {identity.vocabulary} or less; 64 is plenty",
         )
-    contents = Contents(k=k, identity=identity)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,10 +108,24 @@ def write_cache(
         missing = _missing(blocks, shards)
         if len(missing):
             _check_space(directory, missing.size, contents)
-            model = load()
-            shards += _write(directory, model, missing, contents, batch_size)
+            shards += _write(directory, teacher(), missing, contents, batch_size)
         _write_index(directory, contents, shards)
     return Cache.open(directory, expect=identity)
+
+
+def _running(model: "PreTrainedModel", contents: Contents) -> "RowsOf":
+    """Rows from the forward pass of ``model``."""
+    import torch
+
+    from trt_kd.teachers.forward import check_linear_head, top_k_rows
+
+    precision, size = contents.identity.precision, contents.identity.vocabulary
+    if precision == "served":
+        raise ValueError("a served teacher is not run here")
+    check_linear_head(model, "teacher")
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    return partial(top_k_rows, model, k=contents.k, precision=precision, vocabulary=size)
 
 
 def estimate_bytes(tokens: int, *, k: int, vocabulary: int) -> int:
@@ -115,20 +165,12 @@ def _missing(blocks: NDArray[np.int64], shards: list[Shard]) -> NDArray[np.int64
 
 def _write(
     directory: Path,
-    model: "PreTrainedModel",
+    rows_of: "RowsOf",
     blocks: NDArray[np.int64],
     contents: Contents,
     batch_size: int,
 ) -> list[Shard]:
     """Write ``blocks``; a shard holds whole batches, so that a resumed run makes the same ones."""
-    import torch
-
-    from trt_kd.teachers.forward import check_linear_head, top_k_rows
-
-    check_linear_head(model, "teacher")
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-
     size = contents.identity.vocabulary
     per_shard = batch_size * max(1, SHARD_TOKENS // (batch_size * blocks.shape[1]))
     names = (f"shard-{number:05d}.safetensors" for number in count())
@@ -137,13 +179,15 @@ def _write(
     with tqdm(total=len(blocks), desc="teacher", unit="block", disable=None) as bar:
         for start in range(0, len(blocks), per_shard):
             part = blocks[start : start + per_shard]
-            payloads = []
+            payloads, dropped = [], []
             for at in range(0, len(part), batch_size):
                 batch = part[at : at + batch_size]
-                rows = top_k_rows(model, batch, k=contents.k, precision=contents.identity.precision)
-                payloads += [encode(*row, size) for row in rows]
+                rows = rows_of(batch)
+                payloads += [encode(row.ids, row.logp, row.tail, size) for row in rows]
+                dropped += [float(row.dropped.mean()) for row in rows]
                 bar.update(len(batch))
-            shards.append(write_shard(next(paths), contents, sample_ids(part), payloads))
+            samples = Samples(sample_ids(part), payloads, dropped)
+            shards.append(write_shard(next(paths), contents, samples))
             logger.info(
                 "teacher: %d of %d blocks cached, %.0f bytes per token",
                 start + len(part),

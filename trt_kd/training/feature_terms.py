@@ -26,6 +26,7 @@ from trt_kd.losses.features.base import Reading
 from trt_kd.losses.features.maths import widened
 from trt_kd.losses.features.normalising import normalised
 from trt_kd.teachers.cache import Cache
+from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.checkpointing import PREFIX
 from trt_kd.training.features import Feature
 from trt_kd.training.pairing import Pair
@@ -182,7 +183,7 @@ class FeatureTerms(nn.Module):
 
 
 def terms_of(
-    schedule: Schedule, student: PreTrainedModel, teacher: PreTrainedModel | Cache | None
+    schedule: Schedule, student: PreTrainedModel, teacher: PreTrainedModel | Mixture | Cache | None
 ) -> FeatureTerms | None:
     """The terms that ``schedule`` asks for, or None.
 

@@ -11,7 +11,7 @@ Shape suffixes: T tokens, D hidden size, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
 from trt_kd.losses.top_k import TopK
+from trt_kd.teachers.mixing import MixedRows
 
+TeacherRows: TypeAlias = Tensor | TopK | MixedRows
+"""What a teacher says: dense logits, top-k log-probabilities, or logits mixed on demand."""
 GROUP_BYTES = {"cpu": 32 << 20}
 """Size of one group's logits, by device; student and teacher have one each. A smaller group costs
 time, a larger one gains none."""
@@ -85,6 +88,10 @@ class Head:
     bias: Tensor | None = None
     """``[V]``."""
 
+    def __getitem__(self, rows: slice) -> "Head":
+        """The head of these tokens alone."""
+        return Head(self.weight[rows], None if self.bias is None else self.bias[rows])
+
     def cast(self, dtype: torch.dtype) -> "Head":
         """The same head in ``dtype``, detached."""
         bias = None if self.bias is None else self.bias.detach().to(dtype)
@@ -101,7 +108,7 @@ def head_loss(
     head: Head,
     labels_T: Tensor,
     *,
-    teacher: Callable[[slice], Tensor | TopK] | None,
+    teacher: Callable[[slice], TeacherRows] | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
@@ -123,7 +130,7 @@ def head_loss(
 class _Work:
     objective: Objective
     labels: Tensor
-    teacher: Callable[[slice], Tensor | TopK] | None
+    teacher: Callable[[slice], TeacherRows] | None
     dtype: torch.dtype
 
 
@@ -167,7 +174,7 @@ def _accumulate(
     bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
     row_bytes = len(head.weight) * work.dtype.itemsize
     limit = GROUP_BYTES.get(hidden_TD.device.type, GROUP_BYTES_ELSEWHERE)
-    for group in _pieces(len(hidden_TD), limit // row_bytes):
+    for group in pieces(len(hidden_TD), limit // row_bytes):
         group_TD = hidden_TD[group].detach().to(work.dtype)
         teacher = None if work.teacher is None else work.teacher(group)
         student_TV = cast.logits(group_TD)
@@ -180,13 +187,12 @@ def _accumulate(
 
 
 def _replace_by_gradient(
-    student_TV: Tensor, teacher: Tensor | TopK | None, labels_T: Tensor, objective: Objective
+    student_TV: Tensor, teacher: TeacherRows | None, labels_T: Tensor, objective: Objective
 ) -> Tensor:
     """Write the gradient over ``student_TV``; return the sums of task and response."""
     wide = _wide(student_TV.dtype)
     total = torch.zeros(2, dtype=wide, device=student_TV.device)
-    limit = ROWS_BYTES.get(student_TV.device.type, ROWS_BYTES_ELSEWHERE)
-    for rows in _pieces(len(student_TV), limit // (4 * student_TV.shape[1])):
+    for rows in pieces(len(student_TV), rows_at_a_time(student_TV.shape[1], student_TV.device)):
         teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
             student_TV[rows].to(wide), teacher_rows, labels_T[rows]
@@ -196,7 +202,12 @@ def _replace_by_gradient(
     return total
 
 
-def _pieces(rows: int, size: int) -> list[slice]:
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """Rows of float32 logits that one pass should see."""
+    return ROWS_BYTES.get(device.type, ROWS_BYTES_ELSEWHERE) // (4 * columns)
+
+
+def pieces(rows: int, size: int) -> list[slice]:
     """Cut ``rows`` into slices of ``size`` rows, at least one each."""
     step = max(1, size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from trt_kd.losses.kl import ForwardKL
 from trt_kd.losses.top_k import TopK
-from trt_kd.training.head import Head
+from trt_kd.training.head import Head, TeacherRows
 
 LOGITS_BYTES = 64 << 20
 """Size of the float32 logits that exist at a time, of student and teacher each."""
@@ -25,7 +25,7 @@ def heldout_sums(
     hidden_TD: Tensor,
     head: Head,
     labels_T: Tensor,
-    teacher: Callable[[slice], Tensor | TopK] | None,
+    teacher: Callable[[slice], TeacherRows] | None,
 ) -> Tensor:
     """Sums over T tokens, float64 ``[4]``: task loss, entropy, divergence, agreement.
 
@@ -48,7 +48,7 @@ def heldout_sums(
         log_q = logits_TV.log_softmax(-1)
         task = F.nll_loss(log_q, labels_T[rows], reduction="sum")
         entropy = -(log_q.exp() * log_q).sum()
-        given = None if teacher is None else teacher(rows)
+        given = None if teacher is None else teacher(rows)[:]
         divergence, agreement = _beside(given, log_q)
         sums += torch.stack([x.double() for x in (task, entropy, divergence, agreement)])
     return sums

@@ -16,6 +16,7 @@ NAMES = {
     "response_nats_per_token": "response_nats_per_token",
     "task_weight": "task_weight",
     "response_weight": "response_weight",
+    "dropped_teacher_mass": "dropped_teacher_mass",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "seconds",
@@ -80,6 +81,7 @@ def training_metrics(log: TrainingLog, tokens: int) -> dict[str, Metric]:
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         **final_losses(log.steps),
+        **dropped_mass(log.steps),
         **final_measurement(log.measured),
         "alarms": [
             {"name": a.name, "step": raised[a.name], "says": a.says, "advice": a.advice}
@@ -113,6 +115,15 @@ def final_measurement(measured: list[Row]) -> dict[str, float]:
         **{f"{name}_before": before[name] for name in names if name in before},
         "monitor_s": sum(row[MEASURED] for row in measured),
     }
+
+
+def dropped_mass(history: list[Row]) -> dict[str, float]:
+    """Mean probability per token, over all steps, of tokens that only the teacher has.
+
+    Empty where the vocabularies are of one size.
+    """
+    shares = [row["dropped_teacher_mass"] for row in history if "dropped_teacher_mass" in row]
+    return {"dropped_teacher_mass": sum(shares) / len(shares)} if shares else {}
 
 
 def write_rows(rows: list[Row], path: Path) -> None:

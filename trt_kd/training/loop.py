@@ -18,12 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
+from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
 from trt_kd.training.schedule import Schedule
+from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.trainer import (
     Blocks,
     CachedTrainer,
@@ -53,7 +55,7 @@ class Text:
 
 def train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | Cache | None,
+    teacher: PreTrainedModel | Mixture | Cache | None,
     text: Text,
     *,
     objective_at: ObjectiveAt,
@@ -63,8 +65,8 @@ def train(
     """Train ``student`` (float32 weights) in place on ``text`` in order; return the log.
 
     Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
-    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student, or
-    is a cache that holds all blocks, or is None for hard labels alone.
+    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student (so
+    do all of a mixture), or is a cache that holds all blocks, or is None for hard labels alone.
 
     Raises:
         ModelError: if logits are not those of a linear head.
@@ -86,14 +88,7 @@ def train(
         features = terms_of(schedule, student, teacher)
         if features is not None:  # its file belongs to a checkpoint: before the marker
             settings["callbacks"].insert(0, KeepFeatures(features, checkpoints))
-        if teacher is None:
-            trainer: Any = TaskTrainer(**settings)
-        elif isinstance(teacher, Cache):
-            trainer = CachedTrainer(**settings)
-            trainer.cache = teacher
-        else:
-            check_linear_head(teacher, "teacher")
-            trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
+        trainer = _trainer(teacher, settings)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype)
         alarms = Alarms(schedule.stop_on)
@@ -111,6 +106,25 @@ def train(
             events.close()
     alarms.check()
     return log_of(trainer.state.log_history)
+
+
+def _trainer(teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[str, Any]) -> Any:
+    """The trainer for what the teacher is."""
+    if teacher is None:
+        return TaskTrainer(**settings)
+    if isinstance(teacher, Cache):
+        trainer: Any = CachedTrainer(**settings)
+        trainer.cache = teacher
+        return trainer
+    models = teacher.models if isinstance(teacher, Mixture) else [teacher]
+    for model in models:
+        check_linear_head(model, "teacher")
+    beside = {"distill_args": {"teacher_model": models[0]}}
+    if not isinstance(teacher, Mixture):
+        return DistillTrainer(**settings, **beside)
+    trainer = SeveralTrainer(**settings, **beside)
+    trainer.mixture = teacher
+    return trainer
 
 
 def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:

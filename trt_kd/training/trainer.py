@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 from trt_kd.errors import TrtKdError
-from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
+from trt_kd.training.alignment import AlignedHead, aligned
 from trt_kd.training.feature_terms import Both, FeatureTerms
-from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
 from trt_kd.training.heldout import heldout_sums
 from trt_kd.training.history import MEASURED
 
@@ -60,7 +60,8 @@ class _ObjectiveTrainer:
         self.head_dtype = head_dtype
         self.model_accepts_loss_kwargs = True  # the token count comes as num_items_in_batch
         self._sums: dict[str, Tensor] = {}
-        self._heldout_rows: list[Callable[[slice], Tensor | TopK] | None] = []
+        self._token_sums: dict[str, Tensor] = {}
+        self._heldout_rows: list[Callable[[slice], TeacherRows] | None] = []
         self._mark = time.monotonic()
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -72,7 +73,7 @@ class _ObjectiveTrainer:
 
     def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor | TopK] | None:
+    ) -> Callable[[slice], TeacherRows] | None:
         """Give the teacher's rows of a slice of the valid tokens, or None without a teacher."""
         return None
 
@@ -114,6 +115,9 @@ class _ObjectiveTrainer:
 
         total, task, response = trainer._sharded_liger_compute(summed)
         count = mask_BK.sum() if num_items_in_batch is None else num_items_in_batch
+        for name, value in self._token_sums.items():
+            self._note(name, value / count)
+        self._token_sums = {}
         if both is not None:
             total = self._with_features(total, both, mask_BK, count)
         self._note("loss", total.detach() / count)
@@ -152,6 +156,11 @@ class _ObjectiveTrainer:
             optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
         return optimizer
 
+    def _add(self, name: str, value: Tensor) -> None:
+        """Add to a sum over the tokens of this micro-batch."""
+        total = self._token_sums.get(name)
+        self._token_sums[name] = value if total is None else total + value
+
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -174,6 +183,7 @@ class _ObjectiveTrainer:
             if number == len(self._heldout_rows):
                 self._heldout_rows.append(self._teacher_rows(tokens_BL, mask_BK))
             sums += self._heldout_sums(hidden_BLD, tokens_BL, self._heldout_rows[number]).cpu()
+        self._token_sums = {}  # training logs its own
         model.train(training)
         task, entropy, divergence, agreement = (sums / blocks[:, 1:].size).tolist()
         found = {
@@ -189,7 +199,7 @@ class _ObjectiveTrainer:
         self,
         hidden_BLD: Tensor,
         tokens_BL: Tensor,
-        teacher: Callable[[slice], Tensor | TopK] | None,
+        teacher: Callable[[slice], TeacherRows] | None,
     ) -> Tensor:
         trainer: Any = self
         student = trainer.accelerator.unwrap_model(trainer.model)
@@ -244,18 +254,32 @@ class _ObjectiveTrainer:
 class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     """Trains on the objective with a teacher that runs beside the student."""
 
-    _teacher_head: Head | None = None
+    _teacher_head: AlignedHead | None = None
 
-    def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
+    def _teacher_rows(
+        self, tokens_BL: Tensor, mask_BL: Tensor
+    ) -> Callable[[slice], TeacherRows] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
         with self._teacher_liger_identity_lm_head():
             outputs = self._compute_teacher_outputs({"input_ids": tokens_BL, "use_cache": False})
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
-            self._teacher_head = linear_head(self._get_unwrapped_teacher()).cast(self.head_dtype)
+            self._teacher_head = self._aligned_head(self._get_unwrapped_teacher())
         head = self._teacher_head
-        return lambda rows: head.logits(hidden_TD[rows])
+        return lambda rows: self._logits(head, hidden_TD[rows])
+
+    def _aligned_head(self, teacher: Any) -> AlignedHead:
+        """The teacher's head with the student's columns."""
+        columns = len(linear_head(self.accelerator.unwrap_model(self.model)).weight)
+        return aligned(linear_head(teacher).cast(self.head_dtype), columns)
+
+    def _logits(self, head: AlignedHead, hidden_TD: Tensor, share: float = 1.0) -> Tensor:
+        """Logits of a teacher that has so large a share; the mass that is left out is noted."""
+        logits_TV = head.logits(hidden_TD)
+        if head.dropped is not None:
+            self._add("dropped_teacher_mass", share * head.dropped_mass(hidden_TD, logits_TV))
+        return logits_TV
 
 
 class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
@@ -265,9 +289,14 @@ class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
 
     def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
-    ) -> Callable[[slice], Tensor | TopK] | None:
+    ) -> Callable[[slice], TeacherRows] | None:
         """Read the rows of the whole blocks of this micro-batch."""
-        top = self.cache.rows(tokens_BL.cpu().numpy())[mask_BL.flatten().cpu()]
+        blocks = tokens_BL.cpu().numpy()
+        top = self.cache.rows(blocks)[mask_BL.flatten().cpu()]
+        dropped_B = self.cache.dropped(blocks)
+        if dropped_B.any():
+            dropped_B1 = torch.from_numpy(dropped_B).to(mask_BL.device).unsqueeze(-1)
+            self._add("dropped_teacher_mass", (dropped_B1 * mask_BL).sum())
         return top.to(tokens_BL.device).__getitem__
 
 

@@ -1,0 +1,32 @@
+"""Text that a teacher wrote: what ``trt-kd generate`` makes."""
+
+from pathlib import Path
+from typing import Literal
+
+from trt_kd.artifacts import Artifact
+from trt_kd.data.jsonl import JsonLines
+from trt_kd.data.source import DataSource, digest_of_files
+
+TEXTS = "generated.jsonl"
+
+
+class GeneratedText(DataSource):
+    """Texts that a teacher wrote with ``trt-kd generate``: sequence-level distillation."""
+
+    kind: Literal["generated"] = "generated"
+    artifact: str
+    """Folder that ``trt-kd generate`` wrote, relative to the folder the command runs in."""
+
+    def documents(self) -> list[str]:
+        """Prompts with what follows them, in the order they were written."""
+        return JsonLines(files=[str(self._file())]).documents()
+
+    def fingerprint(self) -> str:
+        """Key of the artifact and sha256 of its texts."""
+        return f"{self._opened().key} {digest_of_files([self._file()])}"
+
+    def _opened(self) -> Artifact:
+        return Artifact.open(Path(self.artifact), expect="text")
+
+    def _file(self) -> Path:
+        return self._opened().path / TEXTS

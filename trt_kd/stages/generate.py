@@ -1,0 +1,189 @@
+"""Let the teacher write text for the student: sequence-level distillation.
+
+Source: Kim and Rush 2016 (arXiv:1606.07947). Training on what the teacher writes is plain
+cross-entropy on its own choice; with a teacher beside it, distillation on the teacher's own text.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from tqdm import tqdm
+from typing_extensions import Self
+
+from trt_kd.artifacts import Artifact, claim_work, piece, work_directory, work_key, writing
+from trt_kd.checkpoints import load_tokenizer
+from trt_kd.config import StageConfig
+from trt_kd.data.base import DataConfig, documents
+from trt_kd.data.generated import TEXTS
+from trt_kd.errors import ConfigError, DataError, ModelError
+from trt_kd.evaluation.vocabulary import context_tokens
+from trt_kd.optional import require
+from trt_kd.teachers.online import OnlineTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trt_kd.teachers.writer import Written
+
+
+class GenerateConfig(StageConfig):
+    """What the teacher starts from, how much it writes, and how it chooses."""
+
+    stage: ClassVar[str] = "generate"
+
+    data: DataConfig = DataConfig()
+    """Where prompts come from: documents of the training split, each once."""
+    texts: PositiveInt = 256
+    """Texts to write."""
+    prompt_tokens: PositiveInt = 32
+    """A document gives its first tokens, so many, to be continued. With ``chat`` it is a message,
+    and longer ones are left out."""
+    chat: bool = False
+    """Ask the document as a user's message in the model's chat template; the text that is written
+    down is the whole dialogue."""
+    new_tokens: PositiveInt = 224
+    """Tokens that the teacher may add; where it ends earlier, the text does."""
+    temperature: NonNegativeFloat = 0.0
+    """0 takes the likeliest token each time; 1 samples from the teacher as it is."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that hold so much probability."""
+    batch_size: PositiveInt = 8
+    """Texts at a time; a kill costs one batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the matrix products."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Choice of the documents, and of the tokens."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError("top_p has no effect: temperature is 0")
+        return self
+
+    def outside(self) -> dict[str, str]:
+        """Fingerprint of the text that prompts come from."""
+        return self.data.outside()
+
+    def rehearsal(self) -> Self:
+        """Two short texts."""
+        return self.model_copy(update={"texts": 2, "new_tokens": min(self.new_tokens, 4)})
+
+
+def generate(config: GenerateConfig, *, teacher: Artifact, out: Path) -> Artifact:
+    """Write texts of ``teacher`` as JSON lines to ``out``; batches of a cut-off run are taken up.
+
+    Each line has the ``prompt``, the whole ``text`` and whether the teacher ended it, ``finished``.
+
+    Raises:
+        ConfigError: if prompt and new tokens are more than the teacher's context.
+        DataError: if too few documents are long, or with ``chat`` short, enough.
+        ModelError: if the teacher has no chat template.
+    """
+    require("torch", extra="compress")
+    _check_context(config, teacher.path)
+    tokenizer = load_tokenizer(teacher.path)
+    prompts = _prompts(config, tokenizer)
+    inputs = {"teacher": teacher}
+    with writing(out, kind="text", config=config, inputs=inputs) as draft:
+        work = claim_work(work_directory(out), work_key(config, {"teacher": teacher.key}))
+        rows = list(_rows(_Writer(config, teacher.path, tokenizer), prompts, work))
+        with (draft.path / TEXTS).open("w", encoding="utf-8") as file:
+            for row in rows:
+                kept = {name: row[name] for name in ("prompt", "text", "finished")}
+                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        draft.metrics |= {
+            "texts": len(rows),
+            "new_tokens": sum(row["new_tokens"] for row in rows),
+            "finished_share": sum(row["finished"] for row in rows) / len(rows),
+        }
+    return Artifact.open(out, expect="text")
+
+
+def _check_context(config: GenerateConfig, directory: Path) -> None:
+    limit = context_tokens(directory)
+    if config.prompt_tokens + config.new_tokens > limit:
+        raise ConfigError(
+            f"prompt_tokens {config.prompt_tokens} and new_tokens {config.new_tokens} are more "
+            f"than the teacher's context of {limit}",
+            hint="lower one of them",
+        )
+
+
+def _prompts(config: GenerateConfig, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of the prompts, in an order that the seed decides."""
+    texts = documents(config.data, "train")
+    random.Random(config.seed).shuffle(texts)
+    found: list[list[int]] = []
+    for text in texts:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if config.chat and len(ids) <= config.prompt_tokens:
+            found.append(_as_message(text, tokenizer))
+        elif not config.chat and len(ids) >= config.prompt_tokens:
+            found.append(ids[: config.prompt_tokens])
+        if len(found) == config.texts:
+            return found
+    bound = "at most" if config.chat else "at least"
+    raise DataError(
+        f"data source {config.data.source.kind} has {len(found)} documents of {bound} "
+        f"{config.prompt_tokens} tokens for {config.texts} texts",
+        hint="lower texts, change prompt_tokens or give more text",
+    )
+
+
+def _as_message(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the teacher's tokenizer has no chat template", hint="set chat=false, or add one"
+        )
+    message = [{"role": "user", "content": text}]
+    asked = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes batches of texts; the model is loaded when the first one is asked for."""
+
+    config: GenerateConfig
+    directory: Path
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @cached_property
+    def _model(self) -> "PreTrainedModel":
+        return OnlineTeacher().load(self.directory, precision=self.config.precision)
+
+    def batch(self, number: int, prompts: list[list[int]], _folder: Path) -> dict[str, Any]:
+        """Rows of the batch with that number."""
+        from trt_kd.teachers.writer import Choice, continuations
+
+        config = self.config
+        choice = Choice(config.new_tokens, config.temperature, config.top_p, config.precision)
+        seed = random.Random(f"{config.seed} {number}").getrandbits(32)
+        found = continuations(self._model, self.tokenizer, prompts, choice, seed=seed)
+        return {"rows": [self._row(*pair) for pair in zip(prompts, found, strict=True)]}
+
+    def _row(self, prompt: list[int], written: "Written") -> dict[str, Any]:
+        end = self.tokenizer.eos_token_id  # the packing of documents puts its own
+        ids = written.ids[:-1] if written.ids[-1:] == [end] else written.ids
+        skip = not self.config.chat
+        return {
+            "prompt": self.tokenizer.decode(prompt, skip_special_tokens=skip),
+            "text": self.tokenizer.decode(prompt + ids, skip_special_tokens=skip),
+            "finished": written.finished,
+            "new_tokens": len(written.ids),
+        }
+
+
+def _rows(writer: _Writer, prompts: list[list[int]], work: Path) -> Iterator[dict[str, Any]]:
+    """One row per prompt, batch by batch, from disk where a batch was made before."""
+    size = writer.config.batch_size
+    starts = range(0, len(prompts), size)
+    for number, start in enumerate(tqdm(starts, desc="texts", unit="batch", disable=None)):
+        make = partial(writer.batch, number, prompts[start : start + size])
+        yield from piece(work / f"batch-{number:05d}", make)["rows"]
