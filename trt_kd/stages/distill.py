@@ -2,6 +2,8 @@
 
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -9,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
-from trt_kd.artifacts import Artifact, work_directory, work_key, writing
+from trt_kd.artifacts import Artifact, Draft, work_directory, work_key, writing
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
 from trt_kd.config import StageConfig, plugin_field
@@ -24,6 +26,7 @@ from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.checkpointing import check_space, claim
+from trt_kd.training.distributed import Processes, joined
 from trt_kd.training.history import final_losses, write_history
 from trt_kd.training.schedule import Schedule
 
@@ -126,27 +129,63 @@ def distill(
         check_pair(student=student.path, teacher=teacher.path)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:
-        tokenizer = load_tokenizer(student.path)
-        blocks = token_blocks(
-            config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
-        )
+    with joined() as processes, writing_once(processes, out, config, inputs) as draft:
+        config.passes(processes.count)
         work = work_directory(out)
-        check_space(out.parent, read_shape(student.path).parameters)
-        claim(work, work_key(config, {role: artifact.key for role, artifact in inputs.items()}))
+        with processes.main_first():
+            blocks = token_blocks(
+                config.data,
+                load_tokenizer(student.path),
+                split="train",
+                count=config.sequences,
+                seed=config.seed,
+            )
+            if processes.main:
+                check_space(out.parent, read_shape(student.path).parameters)
+                keys = {role: artifact.key for role, artifact in inputs.items()}
+                claim(work, work_key(config, keys))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
-        history = train_student(config, model, blocks, teacher.path if teacher else None, work)
-        _save(model, student.path, draft.path)
-        write_history(history, draft.path / "history.jsonl")
-        shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
-        draft.metrics |= {
-            "parameters": model.num_parameters(),
-            "trainable_parameters": model.num_parameters(only_trainable=True),
-            "data_fingerprint": fingerprint(blocks),
-            **training_metrics(config, history),
-        }
+        history = train_student(
+            config, model, blocks, teacher.path if teacher else None, work, processes
+        )
+        trained = _in_one_piece(model, student.path)
+        if draft is not None and trained is not None:
+            _save(trained, student.path, draft.path)
+            write_history(history, draft.path / "history.jsonl")
+            shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
+            draft.metrics |= {
+                "parameters": trained.num_parameters(),
+                "trainable_parameters": trained.num_parameters(only_trainable=True),
+                "data_fingerprint": fingerprint(blocks),
+                "processes": processes.count,
+                **training_metrics(config, history),
+            }
     return Artifact.open(out, expect="checkpoint")
+
+
+@contextmanager
+def writing_once(
+    processes: Processes, out: Path, config: StageConfig, inputs: Mapping[str, Artifact]
+) -> Iterator[Draft | None]:
+    """Yield the draft of checkpoint ``out`` on process 0, None on the others.
+
+    They go on once it was begun and leave once it is finished.
+
+    Raises:
+        ArtifactError: see ``writing``.
+        TrtKdError: if process 0 failed.
+    """
+    with ExitStack() as stack:
+        with processes.main_first():
+            draft = (
+                stack.enter_context(writing(out, kind="checkpoint", config=config, inputs=inputs))
+                if processes.main
+                else None
+            )
+        yield draft
+        with processes.main_first():
+            stack.close()
 
 
 def require_modelopt() -> None:
@@ -166,23 +205,26 @@ def train_student(
     blocks: "NDArray[np.int64]",
     teacher: "Path | Cache | None",
     work: Path,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on ``blocks`` in order; return the log by step.
 
     ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block.
     """
     from trt_kd.training.head import Objective
-    from trt_kd.training.loop import train
+    from trt_kd.training.loop import Run, train
 
     objective = Objective(
         config.loss, config.task_weight, config.response_weight, config.label_smoothing
     )
-    targets = (
-        config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
-        if isinstance(teacher, Path)
-        else teacher
-    )
-    return train(model, targets, blocks, objective=objective, schedule=config, work=work)
+    with processes.main_first():  # it writes a cache, the others read it
+        targets = (
+            config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
+            if isinstance(teacher, Path)
+            else teacher
+        )
+    run = Run(config, work, processes)
+    return train(model, targets, blocks, objective=objective, run=run)
 
 
 def training_metrics(config: DistillConfig, history: list[dict[str, float]]) -> dict[str, float]:
@@ -238,6 +280,12 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"{path} is missing", hint="import the model again from its source")
     return sha256_of(path)
+
+
+def _in_one_piece(model: "PreTrainedModel", source: Path) -> "PreTrainedModel | None":
+    from trt_kd.training.sharding import in_one_piece
+
+    return in_one_piece(model, lambda: load_model(source, dtype="float32"))
 
 
 def _save(model: "PreTrainedModel", source: Path, out: Path) -> None:

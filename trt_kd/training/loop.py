@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.distributed import STEP_LIMIT, Processes
 from trt_kd.training.head import Objective
 from trt_kd.training.history import history_of
 from trt_kd.training.schedule import Schedule
@@ -29,7 +31,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_READ = ("ACCELERATE_", "FSDP_")
+"""Beginnings of the names of variables that accelerate reads."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train, where state that outlives a kill goes, and among which processes."""
+
+    schedule: Schedule
+    work: Path
+    processes: Processes
 
 
 def train(
@@ -38,31 +50,34 @@ def train(
     blocks: NDArray[np.int64],
     *,
     objective: Objective,
-    schedule: Schedule,
-    work: Path,
+    run: Run,
 ) -> list[dict[str, float]]:
     """Train ``student`` (float32 weights) in place on ``blocks`` in order; return the log by step.
 
-    Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
-    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student, or
-    is a cache that holds all blocks, or is None for hard labels alone.
+    Checkpoints go to ``checkpoints`` in the work folder, TensorBoard's event file to
+    ``tensorboard``. A run that finds a complete checkpoint there goes on from it. ``teacher`` runs
+    beside the student, or is a cache that holds all blocks, or is None for hard labels alone. Of
+    several processes each makes the same call; the first writes. A sharded student stays sharded.
 
     Raises:
+        ConfigError: if a step's passes cannot be shared by the processes.
         ModelError: if logits are not those of a linear head.
         TrtKdError: if the loss is not finite; checkpoints stay.
     """
+    schedule, work, processes = run.schedule, run.work, run.processes
     check_linear_head(student, "student")
     use_cache = student.config.use_cache
     progress = Progress(schedule.batch_size * schedule.gradient_accumulation * blocks.shape[1])
     events = EventFiles(work / "tensorboard")
+    shown: list[TrainerCallback] = [progress, events] if processes.main else []
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _mixed_precision(schedule.precision):
+    with _quiet(), _environment(schedule.precision):
         settings: dict[str, Any] = {
             "model": student,
-            "args": training_arguments(schedule, checkpoints),
+            "args": training_arguments(schedule, checkpoints, processes.count),
             "train_dataset": Blocks(blocks),
-            "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
+            "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
         if teacher is None:
             trainer: Any = TaskTrainer(**settings)
@@ -74,9 +89,9 @@ def train(
             trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
         _remove_printers(trainer)
         trainer.start(objective, dtype)
-        resume = newest_complete(checkpoints)
+        resume = processes.share(lambda: _newest(checkpoints))
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=resume)
         finally:
             student.config.use_cache = use_cache  # the trainer switches it off
             progress.close()
@@ -84,14 +99,21 @@ def train(
     return history_of(trainer.state.log_history)
 
 
-def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:
-    """Arguments of the Hugging Face trainer: one process, one device, nothing reported outside."""
+def training_arguments(
+    schedule: Schedule, checkpoints: Path, processes: int = 1
+) -> TrainingArguments:
+    """Arguments of the Hugging Face trainer: one device a process, nothing reported outside.
+
+    Raises:
+        ConfigError: if a step's passes cannot be shared by the processes.
+    """
     cuda = torch.cuda.is_available()
+    passes = schedule.passes(processes)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation,
+        gradient_accumulation_steps=passes,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=schedule.warmup_steps,
@@ -109,10 +131,37 @@ def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArgumen
         save_strategy="steps",
         save_steps=schedule.checkpoint_every_steps,
         seed=schedule.seed,
+        gradient_checkpointing=schedule.gradient_checkpointing,
+        **(_several(schedule) if processes > 1 else {}),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs would mean nn.DataParallel and larger batches
     return arguments
+
+
+def _several(schedule: Schedule) -> dict[str, Any]:
+    """Further arguments where several processes train."""
+    arguments: dict[str, Any] = {
+        "average_tokens_across_devices": True,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": int(STEP_LIMIT.total_seconds()),
+    }
+    if schedule.sharding == "fsdp2":
+        arguments |= {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "state_dict_type": "FULL_STATE_DICT",
+                "reshard_after_forward": True,
+            },
+        }
+    return arguments
+
+
+def _newest(checkpoints: Path) -> str | None:
+    found = newest_complete(checkpoints)
+    return str(found) if found else None
 
 
 def _remove_printers(trainer: Any) -> None:
@@ -141,14 +190,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _mixed_precision(precision: str) -> Iterator[None]:
-    """Set what accelerate reads, and transformers 4 leaves set for the next run, for this run."""
-    before = os.environ.get(_PRECISION)
-    os.environ[_PRECISION] = "bf16" if precision == "bf16" else "no"
+def _environment(precision: str) -> Iterator[None]:
+    """Set for this run what accelerate reads; transformers 4 leaves it set for the next one."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(_READ)}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "bf16" else "no"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PRECISION]
-        else:
-            os.environ[_PRECISION] = before
+        for name in [name for name in os.environ if name.startswith(_READ)]:
+            del os.environ[name]
+        os.environ.update(before)

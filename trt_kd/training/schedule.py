@@ -13,6 +13,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from trt_kd.config import StrictModel
+from trt_kd.errors import ConfigError
 
 
 class Schedule(StrictModel):
@@ -21,9 +22,9 @@ class Schedule(StrictModel):
     steps: PositiveInt = 100
     """Optimizer steps."""
     batch_size: PositiveInt = 4
-    """Sequences of one forward and backward pass."""
+    """Sequences of one forward and backward pass of one process."""
     gradient_accumulation: PositiveInt = 1
-    """Passes of one step."""
+    """Passes of one step, which all processes share: a multiple of their count."""
     learning_rate: PositiveFloat = 2e-4
     """Peak of the cosine; a student that starts well wants a small one."""
     warmup_steps: NonNegativeInt = 0
@@ -36,6 +37,12 @@ class Schedule(StrictModel):
     """Of the matrix products; weights, sums and losses are float32."""
     checkpoint_every_steps: PositiveInt = 50
     """Steps that a kill costs at most; a checkpoint takes 12 bytes per parameter."""
+    gradient_checkpointing: bool = False
+    """Keep the input of every layer and compute the rest again on the way back: the same
+    gradients with less memory, for one more forward pass."""
+    sharding: Annotated[Literal["none", "fsdp2"], Field(exclude=True)] = "none"
+    """``fsdp2`` splits weights, gradients, optimizer state and teacher over the processes; else
+    every process holds them all. The result is the same, so it is no part of a run's identity."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Order of the text, and the trainer's generators."""
 
@@ -49,3 +56,23 @@ class Schedule(StrictModel):
     def sequences(self) -> int:
         """Token blocks that the run reads."""
         return self.steps * self.batch_size * self.gradient_accumulation
+
+    def passes(self, processes: int) -> int:
+        """Passes of one step on each of so many processes.
+
+        Raises:
+            ConfigError: if they cannot be shared evenly, or there is nothing to shard over.
+        """
+        if self.gradient_accumulation % processes:
+            raise ConfigError(
+                f"gradient_accumulation {self.gradient_accumulation} cannot be shared by "
+                f"{processes} processes",
+                hint=f"set it to a multiple of {processes}; batch_size times "
+                "gradient_accumulation are the sequences of a step, whoever reads them",
+            )
+        if self.sharding != "none" and processes == 1:
+            raise ConfigError(
+                f"sharding: {self.sharding} has no effect in one process",
+                hint="leave it out, or start with torchrun --nproc-per-node N -m trt_kd.cli",
+            )
+        return self.gradient_accumulation // processes

@@ -20,6 +20,7 @@ from trt_kd.errors import TrtKdError
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
 from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.sharding import PortableCheckpoints
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -40,7 +41,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens_L, "labels": labels_L}
 
 
-class _ObjectiveTrainer:
+class _ObjectiveTrainer(PortableCheckpoints):
     """What both trainers share: order of data, loss, log. Mixed in before a trainer of ModelOpt."""
 
     objective: Objective
@@ -141,6 +142,12 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     """Trains on the objective with a teacher that runs beside the student."""
 
     _teacher_head: Head | None = None
+
+    def _prepare_model(self, model: nn.Module) -> nn.Module:
+        """Place the teacher; where processes hold it whole there are no gradients to average."""
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
+            return super()._prepare_model(model)  # type: ignore[no-any-return]
+        return self.accelerator.prepare_model(model, evaluation_mode=True)  # type: ignore[no-any-return]
 
     def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""

@@ -1,0 +1,67 @@
+"""A student that is split over processes: its training checkpoints, and its weights in one piece.
+
+Training checkpoints look the same however many processes wrote them, sharded or not, so a run goes
+on with any other number.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from trt_kd.training.optimizer_state import read_state, write_state
+
+WEIGHTS = "model.safetensors"
+
+
+class PortableCheckpoints:
+    """Writes and reads training checkpoints. Mixed in before a Hugging Face trainer."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        write = trainer.args.should_save
+        write_state(trainer.optimizer, trainer.lr_scheduler, Path(output_dir), write=write)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        if checkpoint is not None:
+            read_state(trainer.optimizer, trainer.lr_scheduler, Path(checkpoint))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        trainer: Any = self
+        if not trainer.is_fsdp_enabled:
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+            return
+        weights = load_file(Path(checkpoint) / WEIGHTS) if trainer.args.should_save else {}
+        set_model_state_dict(
+            trainer.model if model is None else model,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False),
+        )
+
+
+def in_one_piece(
+    model: PreTrainedModel, load: Callable[[], PreTrainedModel]
+) -> PreTrainedModel | None:
+    """``model`` itself, or on process 0 a whole one with its weights where it is sharded.
+
+    Every process has to call it; ``load`` makes a model of the same sizes on the CPU.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if not weights:
+        return None
+    plain = load()
+    plain.load_state_dict(weights, strict=not plain.config.tie_word_embeddings)
+    return plain
