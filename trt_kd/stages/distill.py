@@ -28,6 +28,8 @@ from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.checkpointing import check_space, claim
 from trt_kd.training.distributed import Processes, joined
 from trt_kd.training.history import final_losses, write_history
+from trt_kd.training.packing import Packing
+from trt_kd.training.run import Run
 from trt_kd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class DistillConfig(Schedule, StageConfig):
     """How the teacher's logits are had."""
     data: DataConfig = DataConfig()
     """Training text; blocks are read in order, each once."""
+    packing: Packing = Packing()
+    """How documents that share a block see each other."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -73,6 +77,14 @@ class DistillConfig(Schedule, StageConfig):
             raise ValueError(
                 f"{problem}, which teacher {self.teacher.kind} has not; choices at their "
                 f"defaults: {', '.join(choices)}; any with teacher online"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_reads_the_same_documents(self) -> Self:
+        if self.packing.reset and self.response_weight and self.teacher.kind != "online":
+            raise ValueError(
+                f"packing.reset needs teacher online: {self.teacher.kind} reads a block as one text"
             )
         return self
 
@@ -132,13 +144,10 @@ def distill(
     with joined() as processes, writing_once(processes, out, config, inputs) as draft:
         config.passes(processes.count)
         work = work_directory(out)
+        tokenizer = load_tokenizer(student.path)
         with processes.main_first():
             blocks = token_blocks(
-                config.data,
-                load_tokenizer(student.path),
-                split="train",
-                count=config.sequences,
-                seed=config.seed,
+                config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
             )
             if processes.main:
                 check_space(out.parent, read_shape(student.path).parameters)
@@ -146,9 +155,9 @@ def distill(
                 claim(work, work_key(config, keys))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
-        history = train_student(
-            config, model, blocks, teacher.path if teacher else None, work, processes
-        )
+        end = tokenizer.eos_token_id if config.packing.reset else None
+        run = Run(config, work, processes, end)
+        history = train_in(run, config, model, blocks, teacher.path if teacher else None)
         trained = _in_one_piece(model, student.path)
         if draft is not None and trained is not None:
             _save(trained, student.path, draft.path)
@@ -205,25 +214,40 @@ def train_student(
     blocks: "NDArray[np.int64]",
     teacher: "Path | Cache | None",
     work: Path,
-    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on ``blocks`` in order; return the log by step.
+    """Train ``model`` in place on ``blocks`` in order, in this process; return the log by step.
 
     ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block.
     """
+    return train_in(Run(config, work), config, model, blocks, teacher)
+
+
+def train_in(
+    run: Run,
+    config: DistillConfig,
+    model: "PreTrainedModel",
+    blocks: "NDArray[np.int64]",
+    teacher: "Path | Cache | None",
+) -> list[dict[str, float]]:
+    """The same among the processes of ``run``, each of which has to call it.
+
+    Raises:
+        ValueError: if documents shall be told apart and the run does not say what ends one.
+    """
+    if config.packing.reset and run.end is None:
+        raise ValueError("packing.reset needs the token that ends a document: give the run its end")
     from trt_kd.training.head import Objective
-    from trt_kd.training.loop import Run, train
+    from trt_kd.training.loop import train
 
     objective = Objective(
         config.loss, config.task_weight, config.response_weight, config.label_smoothing
     )
-    with processes.main_first():  # it writes a cache, the others read it
+    with run.processes.main_first():  # it writes a cache, the others read it
         targets = (
-            config.teacher.targets(teacher, blocks, precision=config.precision, work=work)
+            config.teacher.targets(teacher, blocks, precision=config.precision, work=run.work)
             if isinstance(teacher, Path)
             else teacher
         )
-    run = Run(config, work, processes)
     return train(model, targets, blocks, objective=objective, run=run)
 
 

@@ -1,30 +1,32 @@
 """Several processes of one training run, as torchrun starts them: who writes, who waits, how long.
 
-Process 0 writes; what it finds or decides the others are told. A failure of process 0 is told
-too, and a lost connection is one, so that nobody waits for a process that has gone.
+Process 0 writes; what it finds or decides the others are told through the launcher's store. A
+process that fails says so there, and a store that is gone is a failure too, so that nobody waits
+for a process that has gone.
 """
 
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trt_kd.errors import ConfigError, TrtKdError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
 
 STEP_LIMIT = timedelta(minutes=30)
 """Longest wait for the other processes inside a training step."""
 WORK_LIMIT = timedelta(days=2)
 """Longest wait for what process 0 does alone, such as writing a cache of logits."""
+POLL_S = 0.05
+"""Between two looks whether a message is there."""
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Processes:
     """Number of this process, from 0."""
     count: int = 1
     """Processes of the run."""
-    group: "ProcessGroup | None" = None
-    """Group over gloo for messages between them; None for a single process."""
+    store: Any = field(default=None, repr=False)
+    """torch's key-value store that all of them reach; None for a single process."""
+    _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -47,75 +50,71 @@ class Processes:
         """The result of ``make``, a JSON value, which process 0 alone calls.
 
         Raises:
-            TrtKdError: on the other processes, if it failed or process 0 is gone.
+            TrtKdError: if another process failed or is gone.
         """
-        if self.group is None:
+        if self.store is None:
             return make()
-        if not self.main:
-            message = self._heard()
-            if "failed" in message:
-                raise TrtKdError(
-                    f"process 0 stopped: {message['failed']}", hint="see its own message"
-                )
-            return message["value"]
-        try:
+        key = f"message/{next(self._numbers)}"
+        if self.main:
             value = make()
-        except BaseException as error:
-            self._say({"failed": f"{type(error).__name__}: {error}".splitlines()[0]})
-            raise
-        self._say({"value": value})
-        return value
+            self.store.set(key, json.dumps(value))
+            return value
+        self._await(lambda: bool(self.store.check([key])))
+        return json.loads(self.store.get(key))
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on process 0, then on the others; if it fails there it fails everywhere.
+        """Run the block on process 0, then on the others.
 
         Raises:
-            TrtKdError: see ``share``.
+            TrtKdError: if another process failed or is gone.
         """
         if not self.main:
             self.share(lambda: None)
-            yield
-            return
-        try:
-            yield
-        except BaseException as error:
-            if self.group is not None:
-                self._say({"failed": f"{type(error).__name__}: {error}".splitlines()[0]})
-            raise
-        self.share(lambda: None)
+        yield
+        if self.main:
+            self.share(lambda: None)
 
     def wait(self) -> None:
-        """Wait until every process has come here."""
-        if self.group is not None:
-            from torch.distributed import barrier
+        """Wait until every process has come here.
 
-            barrier(group=self.group)
+        Raises:
+            TrtKdError: if another process failed or is gone.
+        """
+        if self.store is not None:
+            key = f"wait/{next(self._numbers)}"
+            self.store.add(key, 1)
+            self._await(lambda: int(self.store.add(key, 0)) == self.count)
 
-    def _say(self, message: dict[str, Any]) -> None:
-        import torch
-        from torch.distributed import broadcast
-
-        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        broadcast(torch.tensor([len(text)]), src=0, group=self.group)
-        broadcast(text, src=0, group=self.group)
-
-    def _heard(self) -> dict[str, Any]:
-        import torch
-        from torch.distributed import broadcast
-
-        size = torch.zeros(1, dtype=torch.int64)
+    def _await(self, ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + WORK_LIMIT.total_seconds()
         try:
-            broadcast(size, src=0, group=self.group)
-            text = torch.empty(int(size), dtype=torch.uint8)
-            broadcast(text, src=0, group=self.group)
-        except RuntimeError as error:  # what gloo raises when the other side is gone
-            reason = str(error).strip().splitlines()[0]
+            while not ready():
+                if self.store.check([_FAILED]):
+                    raise TrtKdError(self.store.get(_FAILED).decode(), hint="see its own message")
+                if time.monotonic() > end:
+                    raise TrtKdError(
+                        f"process {self.rank} waited for {WORK_LIMIT}",
+                        hint="look at what process 0 does, then run again to resume",
+                    )
+                time.sleep(POLL_S)
+        except RuntimeError as error:  # what torch's store raises when process 0 is gone
+            reason = str(error).strip().partition("\n")[0]
             raise TrtKdError(
                 f"process {self.rank} lost process 0: {reason}", hint="run again to resume"
             ) from error
-        message: dict[str, Any] = json.loads(bytes(text.tolist()))
-        return message
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the others, unless one has told them already or there is nobody left to tell."""
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        with suppress(RuntimeError):
+            self.store.compare_set(_FAILED, "", f"process {self.rank} stopped: {reason}")
+
+    def _leave(self) -> None:
+        """Let process 0, which may host the store, go last."""
+        left = int(self.store.add("left", 1))
+        if self.main and left < self.count:
+            self._await(lambda: int(self.store.add("left", 0)) == self.count)
 
 
 def launched() -> tuple[int, int]:
@@ -170,13 +169,18 @@ def joined() -> Iterator[Processes]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store = distributed.PrefixStore(f"trt_kd/{next(_MEETINGS)}", _store())
+    prefix: Any = distributed.distributed_c10d.PrefixStore
+    store = prefix(f"trt_kd/{next(_MEETINGS)}", _store())
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=count, timeout=STEP_LIMIT
     )
+    processes = Processes(rank, count, prefix("messages", store))
     try:
-        messages = distributed.new_group(backend="gloo", timeout=WORK_LIMIT)
-        yield Processes(rank, count, messages)
+        yield processes
+        processes._leave()
+    except BaseException as error:
+        processes._fail(error)
+        raise
     finally:
         distributed.destroy_process_group()
 
@@ -186,8 +190,8 @@ _MEETINGS = itertools.count()
 
 
 @cache
-def _store() -> "Store":
-    from torch.distributed import rendezvous
+def _store() -> Any:
+    from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
     return store

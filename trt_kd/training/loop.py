@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,18 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from trt_kd.errors import TrtKdError
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
-from trt_kd.training.distributed import STEP_LIMIT, Processes
+from trt_kd.training.distributed import STEP_LIMIT
 from trt_kd.training.head import Objective
 from trt_kd.training.history import history_of
+from trt_kd.training.packing import check_packing
+from trt_kd.training.run import Run
 from trt_kd.training.schedule import Schedule
+from trt_kd.training.sharding import shardable
 from trt_kd.training.trainer import Blocks, CachedTrainer, DistillTrainer, TaskTrainer
 
 if TYPE_CHECKING:
@@ -33,15 +36,6 @@ logger = logging.getLogger(__name__)
 
 _READ = ("ACCELERATE_", "FSDP_")
 """Beginnings of the names of variables that accelerate reads."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """How to train, where state that outlives a kill goes, and among which processes."""
-
-    schedule: Schedule
-    work: Path
-    processes: Processes
 
 
 def train(
@@ -61,11 +55,13 @@ def train(
 
     Raises:
         ConfigError: if a step's passes cannot be shared by the processes.
-        ModelError: if logits are not those of a linear head.
+        ModelError: if logits are not those of a linear head, or documents cannot be kept apart.
         TrtKdError: if the loss is not finite; checkpoints stay.
     """
     schedule, work, processes = run.schedule, run.work, run.processes
     check_linear_head(student, "student")
+    if run.end is not None:
+        check_packing(student, "student")
     use_cache = student.config.use_cache
     progress = Progress(schedule.batch_size * schedule.gradient_accumulation * blocks.shape[1])
     events = EventFiles(work / "tensorboard")
@@ -75,8 +71,8 @@ def train(
     with _quiet(), _environment(schedule.precision):
         settings: dict[str, Any] = {
             "model": student,
-            "args": training_arguments(schedule, checkpoints, processes.count),
-            "train_dataset": Blocks(blocks),
+            "args": shardable(training_arguments(schedule, checkpoints, processes.count)),
+            "train_dataset": Blocks(blocks, run.end),
             "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
         if teacher is None:
@@ -86,9 +82,16 @@ def train(
             trainer.cache = teacher
         else:
             check_linear_head(teacher, "teacher")
+            if run.end is not None:
+                check_packing(teacher, "teacher")
             trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
+        if (schedule.sharding == "fsdp2") != trainer.is_fsdp_enabled:
+            raise TrtKdError(
+                f"sharding is {schedule.sharding} and accelerate chose otherwise",
+                hint="unset ACCELERATE_USE_FSDP and start with torchrun",
+            )
         _remove_printers(trainer)
-        trainer.start(objective, dtype)
+        trainer.start(objective, dtype, run.end)
         resume = processes.share(lambda: _newest(checkpoints))
         try:
             trainer.train(resume_from_checkpoint=resume)

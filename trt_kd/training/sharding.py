@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -16,11 +17,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from trt_kd.training.optimizer_state import read_state, write_state
 
 WEIGHTS = "model.safetensors"
+
+
+def shardable(arguments: TrainingArguments) -> TrainingArguments:
+    """Let accelerate shard on CPUs too, which it otherwise leaves out without a word.
+
+    Its list of device kinds decides whether a plugin for FSDP is looked at; torch's own
+    ``fully_shard`` works over gloo.
+    """
+    state: Any = arguments.distributed_state
+    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+    return arguments
 
 
 class PortableCheckpoints:

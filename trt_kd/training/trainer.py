@@ -19,15 +19,17 @@ from torch.utils.data import Dataset, SequentialSampler
 from trt_kd.errors import TrtKdError
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.cache import Cache
+from trt_kd.training import packing
 from trt_kd.training.head import Head, Objective, head_loss
 from trt_kd.training.sharding import PortableCheckpoints
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Token blocks ``[count, L]`` in their order."""
+    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins."""
 
-    def __init__(self, blocks: NDArray[np.int64]) -> None:
+    def __init__(self, blocks: NDArray[np.int64], end: int | None = None) -> None:
         self.blocks = blocks
+        self.end = end
 
     def __len__(self) -> int:
         """Count of blocks."""
@@ -38,6 +40,8 @@ class Blocks(Dataset[dict[str, Tensor]]):
         tokens_L = torch.tensor(self.blocks[index])
         labels_L = tokens_L.clone()
         labels_L[0] = IGNORE_INDEX
+        if self.end is not None:
+            labels_L[1:][tokens_L[:-1] == self.end] = IGNORE_INDEX
         return {"input_ids": tokens_L, "labels": labels_L}
 
 
@@ -46,9 +50,11 @@ class _ObjectiveTrainer(PortableCheckpoints):
 
     objective: Objective
     head_dtype: torch.dtype
+    end: int | None
 
-    def start(self, objective: Objective, head_dtype: torch.dtype) -> None:
-        """Set what to minimize and the dtype of the head's matrix products."""
+    def start(self, objective: Objective, head_dtype: torch.dtype, end: int | None = None) -> None:
+        """Set what to minimize, the dtype of the head's products and what ends a document."""
+        self.end = end
         self.objective = objective
         self.head_dtype = head_dtype
         self.model_accepts_loss_kwargs = True  # the token count comes as num_items_in_batch
@@ -86,7 +92,7 @@ class _ObjectiveTrainer(PortableCheckpoints):
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
         with trainer._liger_identity_lm_head():
-            hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
+            hidden_BLD = model(**packing.inputs(tokens_BL, self.end)).logits
         teacher = self._teacher_rows(tokens_BL, mask_BK)
         student = trainer.accelerator.unwrap_model(trainer.model)
 
@@ -153,7 +159,7 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
         with self._teacher_liger_identity_lm_head():
-            outputs = self._compute_teacher_outputs({"input_ids": tokens_BL, "use_cache": False})
+            outputs = self._compute_teacher_outputs(packing.inputs(tokens_BL, self.end))
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
             self._teacher_head = linear_head(self._get_unwrapped_teacher()).cast(self.head_dtype)
