@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from trt_kd.errors import TrtKdError
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
@@ -26,7 +25,7 @@ from trt_kd.training.history import history_of
 from trt_kd.training.packing import check_packing
 from trt_kd.training.run import Run
 from trt_kd.training.schedule import Schedule
-from trt_kd.training.sharding import shardable
+from trt_kd.training.sharding import check_sharding, shardable
 from trt_kd.training.trainer import Blocks, CachedTrainer, DistillTrainer, TaskTrainer
 
 if TYPE_CHECKING:
@@ -85,11 +84,7 @@ def train(
             if run.end is not None:
                 check_packing(teacher, "teacher")
             trainer = DistillTrainer(**settings, distill_args={"teacher_model": teacher})
-        if (schedule.sharding == "fsdp2") != trainer.is_fsdp_enabled:
-            raise TrtKdError(
-                f"sharding is {schedule.sharding} and accelerate chose otherwise",
-                hint="unset ACCELERATE_USE_FSDP and start with torchrun",
-            )
+        check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective, dtype, run.end)
         resume = processes.share(lambda: _newest(checkpoints))

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
 
+from trt_kd.errors import ConfigError
 from trt_kd.training.optimizer_state import read_state, write_state
 
 WEIGHTS = "model.safetensors"
@@ -34,6 +35,22 @@ def shardable(arguments: TrainingArguments) -> TrainingArguments:
     if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
     return arguments
+
+
+def check_sharding(trainer: Any, wanted: str) -> None:
+    """Check that ``trainer`` shards as its settings say, with parameters in float32.
+
+    Raises:
+        ConfigError: if accelerate chose otherwise, as its variables may make it.
+    """
+    if (wanted == "fsdp2") != trainer.is_fsdp_enabled:
+        raise ConfigError(
+            f"sharding is {wanted}, and accelerate has FSDP "
+            f"{'on' if trainer.is_fsdp_enabled else 'off'}",
+            hint="unset ACCELERATE_USE_FSDP and ACCELERATE_USE_DEEPSPEED; say it in the settings",
+        )
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 class PortableCheckpoints:

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, L positions, T valid tokens, D hidden size, V vocab
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class _ObjectiveTrainer(PortableCheckpoints):
         trainer: Any = self
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
-        with trainer._liger_identity_lm_head():
+        with trainer._liger_identity_lm_head(), self._precision():
             hidden_BLD = model(**packing.inputs(tokens_BL, self.end)).logits
         teacher = self._teacher_rows(tokens_BL, mask_BK)
         student = trainer.accelerator.unwrap_model(trainer.model)
@@ -114,6 +115,13 @@ class _ObjectiveTrainer(PortableCheckpoints):
         if self.objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast, with which accelerate wraps every model but a sharded one."""
+        trainer: Any = self
+        if trainer.is_fsdp_enabled and self.head_dtype == torch.bfloat16:
+            return torch.autocast(trainer.args.device.type, torch.bfloat16)
+        return nullcontext()
 
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -158,7 +166,7 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     def _teacher_rows(self, tokens_BL: Tensor, mask_BL: Tensor) -> Callable[[slice], Tensor] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
-        with self._teacher_liger_identity_lm_head():
+        with self._teacher_liger_identity_lm_head(), self._precision():
             outputs = self._compute_teacher_outputs(packing.inputs(tokens_BL, self.end))
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
