@@ -25,7 +25,7 @@ from trt_kd.training.history import history_of
 from trt_kd.training.packing import check_packing
 from trt_kd.training.run import Run
 from trt_kd.training.schedule import Schedule
-from trt_kd.training.sharding import check_sharding, shardable
+from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
 from trt_kd.training.trainer import Blocks, CachedTrainer, DistillTrainer, TaskTrainer
 
 if TYPE_CHECKING:
@@ -67,13 +67,15 @@ def train(
     shown: list[TrainerCallback] = [progress, events] if processes.main else []
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _environment(schedule.precision):
+    with _quiet(), _environment(schedule):
         settings: dict[str, Any] = {
             "model": student,
-            "args": shardable(training_arguments(schedule, checkpoints, processes.count)),
+            "args": training_arguments(schedule, checkpoints, processes.count),
             "train_dataset": Blocks(blocks, run.end),
             "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
+        if schedule.sharding == "fsdp2":
+            let_accelerate_shard(settings["args"])
         if teacher is None:
             trainer: Any = TaskTrainer(**settings)
         elif isinstance(teacher, Cache):
@@ -130,30 +132,12 @@ def training_arguments(
         save_steps=schedule.checkpoint_every_steps,
         seed=schedule.seed,
         gradient_checkpointing=schedule.gradient_checkpointing,
-        **(_several(schedule) if processes > 1 else {}),
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False if processes > 1 else None,
+        ddp_timeout=int(STEP_LIMIT.total_seconds()),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs would mean nn.DataParallel and larger batches
-    return arguments
-
-
-def _several(schedule: Schedule) -> dict[str, Any]:
-    """Further arguments where several processes train."""
-    arguments: dict[str, Any] = {
-        "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": False,
-        "ddp_timeout": int(STEP_LIMIT.total_seconds()),
-    }
-    if schedule.sharding == "fsdp2":
-        arguments |= {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "state_dict_type": "FULL_STATE_DICT",
-                "reshard_after_forward": True,
-            },
-        }
     return arguments
 
 
@@ -188,10 +172,11 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(precision: str) -> Iterator[None]:
+def _environment(schedule: Schedule) -> Iterator[None]:
     """Set for this run what accelerate reads; transformers 4 leaves it set for the next one."""
     before = {name: value for name, value in os.environ.items() if name.startswith(_READ)}
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "bf16" else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if schedule.precision == "bf16" else "no"
+    os.environ.update(FSDP2 if schedule.sharding == "fsdp2" else {})
     try:
         yield
     finally:

@@ -25,16 +25,27 @@ from trt_kd.training.optimizer_state import read_state, write_state
 WEIGHTS = "model.safetensors"
 
 
-def shardable(arguments: TrainingArguments) -> TrainingArguments:
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_SYNC_MODULE_STATES": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What accelerate reads; transformers 4.57 cannot say the version in its arguments."""
+
+
+def let_accelerate_shard(arguments: TrainingArguments) -> None:
     """Let accelerate shard on CPUs too, which it otherwise leaves out without a word.
 
     Its list of device kinds decides whether a plugin for FSDP is looked at; torch's own
     ``fully_shard`` works over gloo.
     """
     state: Any = arguments.distributed_state
-    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+    if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
-    return arguments
 
 
 def check_sharding(trainer: Any, wanted: str) -> None:
@@ -71,7 +82,9 @@ class PortableCheckpoints:
         if not trainer.is_fsdp_enabled:
             super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
             return
-        weights = load_file(Path(checkpoint) / WEIGHTS) if trainer.args.should_save else {}
+        weights: dict[str, Any] = {}
+        if trainer.args.should_save:
+            weights |= load_file(Path(checkpoint) / WEIGHTS)
         set_model_state_dict(
             trainer.model if model is None else model,
             weights,
