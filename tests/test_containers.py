@@ -11,6 +11,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CONTAINERS = ROOT / "containers"
 CONSTRAINTS = sorted(CONTAINERS.glob("constraints*.txt"))
+DISTILLS = ROOT / "workflows/distill-slurm.sbatch"
+"""Starts one stage on many nodes; the others start a recipe."""
 SCRIPTS = sorted([*(ROOT / "workflows").glob("*.sh"), *(ROOT / "workflows").glob("*.sbatch")])
 DOCKERFILES = sorted(CONTAINERS.glob("*.Dockerfile"))
 
@@ -127,7 +129,7 @@ def test_every_file_that_a_dockerfile_copies_exists_and_reaches_the_build(path):
 @pytest.fixture
 def start(tmp_path):
     """Run a launch script with a fake launcher that prints its arguments, one a line."""
-    for name in ("docker", "apptainer", "srun"):
+    for name in ("docker", "apptainer", "srun", "scontrol"):
         fake = tmp_path / name
         fake.write_text('#!/bin/sh\necho "$0" | sed s:.*/::\nprintf "%s\\n" "$@"\nenv >&2\n')
         fake.chmod(0o755)
@@ -154,14 +156,18 @@ def test_a_script_is_valid_and_executable(path):
     assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+JOB = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+RECIPE_SCRIPTS = [path for path in SCRIPTS if path != DISTILLS]
+
+
+@pytest.mark.parametrize("path", RECIPE_SCRIPTS, ids=lambda path: path.name)
 def test_a_script_without_a_recipe_says_how_to_use_it(path, start):
     done = start(path.name)
     assert done.returncode != 0
     assert f"usage: {path.name} RECIPE" in done.stderr
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPE_SCRIPTS, ids=lambda path: path.name)
 def test_a_script_starts_the_recipe_with_its_overrides_in_the_same_folder(path, start):
     done = start(path.name, "my recipe.yaml", "a.b=[1, 2]", MODELS="/models", HF_HOME="/hub")
     assert done.returncode == 0, done.stderr
@@ -174,7 +180,7 @@ def test_a_script_starts_the_recipe_with_its_overrides_in_the_same_folder(path, 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_no_secret_reaches_the_command_line(path, start):
-    done = start(path.name, "recipe.yaml", HF_TOKEN="s3cret-token")
+    done = start(path.name, "recipe.yaml", HF_TOKEN="s3cret-token", **JOB)
     assert done.returncode == 0, done.stderr
     assert "s3cret-token" not in done.stdout
     assert "s3cret-token" in done.stderr  # it is in the launcher's environment
@@ -189,3 +195,16 @@ def test_docker_gets_gpus_unless_told_otherwise(start):
 def test_slurm_ranks_are_hidden_from_single_process_stages(start):
     lines = start("run-slurm.sbatch", "r.yaml").stdout.splitlines()
     assert lines[lines.index("env") + 1 : lines.index("env") + 3] == ["-u", "SLURM_PROCID"]
+
+
+def test_distilling_on_many_nodes_is_the_command_behind_torchrun(start):
+    arguments = ["--teacher", "a teacher", "--out", "s", "axes=[1, 2]"]
+    done = start(DISTILLS.name, *arguments, MODELS="/models", **JOB)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    launcher = lines[lines.index("torchrun") : -len(arguments)]
+    assert launcher[1:3] == ["--nnodes=2", "--nproc-per-node=gpu"]
+    assert launcher[-3:] == ["-m", "trt_kd.cli", "distill"]
+    assert lines[-len(arguments) :] == arguments
+    assert "/models:/models:ro" in done.stdout
+    assert "usage: distill-slurm.sbatch" in start(DISTILLS.name).stderr

@@ -13,7 +13,8 @@ from trt_kd.config import StageConfig
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ModelError
 from trt_kd.evaluation.vocabulary import real_tokens
-from trt_kd.stages.distill import DistillConfig, check_pair, distill
+from trt_kd.stages.distill import DistillConfig, distill
+from trt_kd.stages.matching import check_pair
 from trt_kd.training.alignment import aligned
 from trt_kd.training.head import Head
 

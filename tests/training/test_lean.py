@@ -14,6 +14,7 @@ from trt_kd.losses.kl import ForwardKL
 from trt_kd.training import loop
 from trt_kd.training.head import Objective
 from trt_kd.training.lean import lean
+from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
@@ -303,10 +304,9 @@ def test_training_is_the_same_with_lean_parts(make_model, tmp_path, monkeypatch,
         log = loop.train(
             student,
             make_model(seed=1),
-            loop.Text(blocks),
+            Text(blocks),
             objective_at=lambda step: Objective(ForwardKL(), 0.0, 1.0),
-            schedule=schedule,
-            work=tmp_path / name,
+            run=Run(schedule, tmp_path / name),
         )
         logs.append([step["loss_nats_per_token"] for step in log.steps])
     np.testing.assert_allclose(*logs, rtol=2e-2 if precision == "bf16" else 1e-5)

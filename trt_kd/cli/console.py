@@ -37,7 +37,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         except TrtKdError as error:
             if Settings.debug:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{_who()}error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             print("interrupted; run the same command again to resume", file=sys.stderr)
@@ -46,10 +46,17 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def _who() -> str:
+    """Name of this process where a launcher started several; process 0 speaks for all."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
+
+
 def prepare_logging() -> None:
     """Our own progress on standard error; other libraries' chatter only with ``--debug``."""
     ours = logging.getLogger("trt_kd")
-    ours.setLevel(logging.DEBUG if Settings.debug else logging.INFO)
+    normal = logging.WARNING if _who() else logging.INFO
+    ours.setLevel(logging.DEBUG if Settings.debug else normal)
     if not ours.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

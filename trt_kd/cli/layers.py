@@ -57,7 +57,7 @@ def _measured(
     from trt_kd.artifacts import Artifact
     from trt_kd.checkpoints import load_model, load_tokenizer
     from trt_kd.data.base import token_blocks
-    from trt_kd.stages.distill import check_pair
+    from trt_kd.stages.matching import check_pair
     from trt_kd.training.pairing import most_similar, paired
 
     opened = {n: Artifact.open(p, expect="checkpoint") for n, p in (("t", teacher), ("s", student))}

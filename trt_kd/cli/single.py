@@ -1,5 +1,6 @@
 """Every stage as its own command: artifacts in, one artifact out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -118,7 +119,10 @@ def distill(
     config: Config = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Distill. Example: trt-kd distill --teacher t --student p --out s steps=60."""
+    """Distill. Example: trt-kd distill --teacher t --student p --out s steps=60.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m trt_kd.cli distill ... gradient_accumulation=8
+    """
     inputs = {"student": student} | ({"teacher": teacher} if teacher else {})
     _run("distill", settings, config, out, as_json, inputs)
 
@@ -213,15 +217,21 @@ def _run(
     from trt_kd.pipeline.run import locked
     from trt_kd.pipeline.stages import STAGES
     from trt_kd.seeding import seed_everything
+    from trt_kd.training.distributed import launched, require_one_process
 
+    rank, _ = launched()
+    if name != "distill":
+        require_one_process(f"trt-kd {name}")
     stage = STAGES[name]
     validated = _validated(stage.config_class(), settings, config, name)
     artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
     for artifact in artifacts.values():
         artifact.verify()
     seed_everything(getattr(validated, "seed", 0))
-    with locked(out.absolute().parent):
+    with locked(out.absolute().parent) if rank == 0 else nullcontext():
         made = stage.run(validated, out=out, **artifacts)
+    if rank:
+        return
     if as_json:
         print_json(made.manifest.model_dump(mode="json"))
         return

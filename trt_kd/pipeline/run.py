@@ -15,12 +15,18 @@ from trt_kd.pipeline.plan import Plan, PlannedStep, make_plan, superseded
 from trt_kd.pipeline.recipe import Recipe
 from trt_kd.pipeline.stages import STAGES
 from trt_kd.seeding import seed_everything
+from trt_kd.training.distributed import require_one_process
 
 log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
-    """Bring every step of ``recipe`` below ``root`` to "done"; return the artifacts by step."""
+    """Bring every step of ``recipe`` below ``root`` to "done"; return the artifacts by step.
+
+    Raises:
+        ConfigError: if a launcher started several processes.
+    """
+    require_one_process("trt-kd run")
     plan = make_plan(recipe, root)
     check_disk(plan)
     for warning in plan.warnings:

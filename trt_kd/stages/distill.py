@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
@@ -9,26 +10,27 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
-from trt_kd.artifacts import Artifact, work_directory, work_key, writing
-from trt_kd.artifacts.manifest import sha256_of
+from trt_kd.artifacts import Artifact, work_directory, work_key
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
 from trt_kd.config import StageConfig, plugin_field
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
-from trt_kd.errors import ConfigError, ModelError
-from trt_kd.evaluation.vocabulary import check_padding
 from trt_kd.losses import LOSSES
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.kl import ForwardKL
 from trt_kd.optional import require
 from trt_kd.seeding import seed_everything
+from trt_kd.stages.matching import check_pair, check_processes, check_sizes, check_teacher
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.alarms import ALARMS, Need
 from trt_kd.training.checkpointing import check_space, claim
+from trt_kd.training.distributed import joined, writing_once
 from trt_kd.training.features import with_pairs
 from trt_kd.training.history import TrainingLog, training_metrics, write_rows
 from trt_kd.training.monitors import MonitorConfig
+from trt_kd.training.packing import Packing
+from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.weights import (
     Weight,
@@ -42,7 +44,7 @@ from trt_kd.training.weights import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trt_kd.teachers.cache import Cache
 
@@ -67,6 +69,8 @@ class DistillConfig(Schedule, StageConfig):
     """Let a teacher of fewer parameters than the student teach; by default that is a mix-up."""
     data: DataConfig = DataConfig()
     """Training text; blocks are read in order, each once."""
+    packing: Packing = Packing()
+    """How documents that share a block see each other."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -125,6 +129,25 @@ class DistillConfig(Schedule, StageConfig):
             raise ValueError(
                 f"{problem}, which teacher {self.teacher.kind} has not; choices at their "
                 f"defaults: {', '.join(choices)}; any with teacher online"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_are_told_apart_everywhere(self) -> Self:
+        if self.packing.reset and self.uses_teacher and not self.teacher.runs_beside:
+            raise ValueError(
+                "packing.reset needs teacher online or several: "
+                f"{self.teacher.kind} reads a block as one text"
+            )
+        if self.packing.reset and self.features:
+            raise ValueError("packing.reset: features compare whole blocks: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_can_be_sharded(self) -> Self:
+        if self.sharding != "none" and self.uses_teacher and self.teacher.kind == "several":
+            raise ValueError(
+                f"sharding {self.sharding} takes one teacher, not several: write sharding: none"
             )
         return self
 
@@ -195,7 +218,8 @@ def distill(
     Goes on from its last training checkpoint if an earlier run with the same settings was cut off.
 
     Raises:
-        ConfigError: if a teacher is missing, or given and not used.
+        ConfigError: if a teacher is missing, or given and not used, or the processes of a launcher
+            cannot share the run.
         ModelError: if teacher and student do not share vocabulary and tokenizer, or the teacher is
             the smaller one.
         DataError: if the text is too short for the steps.
@@ -210,36 +234,36 @@ def distill(
         training = _with_pairs(config, student, teacher)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    with writing(out, kind="checkpoint", config=config, inputs=inputs) as draft:
-        tokenizer = load_tokenizer(student.path)
-        blocks = token_blocks(
-            config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
-        )
-        heldout = (
-            config.monitor.text(config.data, tokenizer, seed=config.seed)
-            if config.monitor
-            else None
-        )
+    with joined() as processes, writing_once(processes, out, config, inputs) as draft:
+        check_processes(config, processes.count)
         work = work_directory(out)
-        check_space(out.parent, read_shape(student.path).parameters)
-        claim(work, work_key(config, {role: artifact.key for role, artifact in inputs.items()}))
+        tokenizer = load_tokenizer(student.path)
+        with processes.main_first():
+            text = _text(config, tokenizer)
+            if processes.main:
+                check_space(out.parent, read_shape(student.path).parameters)
+                keys = {role: artifact.key for role, artifact in inputs.items()}
+                claim(work, work_key(config, keys))
         seed_everything(config.seed)
         model = load_model(student.path, dtype="float32")
         asked = teacher or (student if config.uses_teacher else None)
-        log = train_student(
-            training, model, blocks, asked.path if asked else None, work, heldout=heldout
-        )
-        _save(model, student.path, draft.path)
-        write_rows(log.steps, draft.path / "history.jsonl")
-        if heldout is not None:
-            write_rows(log.measured, draft.path / "monitors.jsonl")
-        shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
-        draft.metrics |= {
-            "parameters": model.num_parameters(),
-            "trainable_parameters": model.num_parameters(only_trainable=True),
-            "data_fingerprint": fingerprint(blocks),
-            **training_metrics(log, config.tokens),
-        }
+        end = tokenizer.eos_token_id if config.packing.reset else None
+        run = Run(training, work, processes, end)
+        log = train_in(run, training, model, text, asked.path if asked else None)
+        trained = _in_one_piece(model, student.path)
+        if draft is not None and trained is not None:
+            _save(trained, student.path, draft.path)
+            write_rows(log.steps, draft.path / "history.jsonl")
+            if text.heldout is not None:
+                write_rows(log.measured, draft.path / "monitors.jsonl")
+            shutil.copytree(work / "tensorboard", draft.path / "tensorboard")
+            draft.metrics |= {
+                "parameters": trained.num_parameters(),
+                "trainable_parameters": trained.num_parameters(only_trainable=True),
+                "data_fingerprint": fingerprint(text.blocks),
+                "processes": processes.count,
+                **training_metrics(log, config.tokens),
+            }
     return Artifact.open(out, expect="checkpoint")
 
 
@@ -263,15 +287,32 @@ def train_student(
     *,
     heldout: "NDArray[np.int64] | None" = None,
 ) -> TrainingLog:
-    """Train ``model`` in place on ``blocks`` in order; return the log.
+    """Train ``model`` in place on ``blocks`` in order, in this process; return the log.
 
     ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block, those of
     ``heldout`` included, which the monitor measures on; without them there is none.
     """
+    return train_in(Run(config, work), config, model, Text(blocks, heldout), teacher)
+
+
+def train_in(
+    run: Run,
+    config: DistillConfig,
+    model: "PreTrainedModel",
+    text: Text,
+    teacher: "Path | Cache | None",
+) -> TrainingLog:
+    """The same among the processes of ``run``, each of which has to call it.
+
+    Raises:
+        ValueError: if documents shall be told apart and the run does not say what ends one.
+    """
+    if config.packing.reset and run.end is None:
+        raise ValueError("packing.reset needs the token that ends a document: give the run its end")
     import numpy as np
 
     from trt_kd.training.head import Objective
-    from trt_kd.training.loop import Text, train
+    from trt_kd.training.loop import train
 
     def objective_at(step: int) -> Objective:
         task, response = (
@@ -280,85 +321,36 @@ def train_student(
         )
         return Objective(config.loss, task, response, config.label_smoothing)
 
-    seen = blocks if heldout is None else np.concatenate([blocks, heldout])
-    targets = (
-        config.teacher.targets(
-            teacher,
-            seen,
-            precision=config.precision,
-            work=work,
-            vocabulary=model.config.vocab_size,
+    seen = text.blocks if text.heldout is None else np.concatenate([text.blocks, text.heldout])
+    with run.processes.main_first():  # it writes a cache, the others read it
+        targets = (
+            config.teacher.targets(
+                teacher,
+                seen,
+                precision=config.precision,
+                work=run.work,
+                vocabulary=model.config.vocab_size,
+            )
+            if isinstance(teacher, Path)
+            else teacher
         )
-        if isinstance(teacher, Path)
-        else teacher
-    )
     if config.features:
         from trt_kd.training.similarity import by_similarity
 
         beside = cast("PreTrainedModel", targets)
-        features = by_similarity(config.features, model, beside, blocks, work)
-        config = config.model_copy(update={"features": features})
-    text = Text(blocks, heldout)
-    return train(model, targets, text, objective_at=objective_at, schedule=config, work=work)
+        features = by_similarity(config.features, model, beside, text.blocks, run.work)
+        run = replace(run, schedule=config.model_copy(update={"features": features}))
+    return train(model, targets, text, objective_at=objective_at, run=run)
 
 
-def check_teacher(config: DistillConfig, *, has_teacher: bool) -> None:
-    """Check that a teacher's checkpoint is given if and only if the objective uses one.
-
-    Raises:
-        ConfigError: if it is not so.
-    """
-    needs = config.uses_teacher and config.teacher.needs_checkpoint
-    if has_teacher and config.uses_teacher and not needs:
-        raise ConfigError(
-            f"teacher {config.teacher.kind} reads no checkpoint: the one given has no effect",
-            hint="leave it out, or choose another kind of teacher",
-        )
-    if needs and not has_teacher:
-        weight = peak(config.response_weight)
-        what = f"response_weight {weight:g} needs" if weight else "features need"
-        raise ConfigError(
-            f"{what} a teacher and none is given",
-            hint="give one, or set response_weight=0 and task_weight=1, without features",
-        )
-    if has_teacher and not config.uses_teacher:
-        raise ConfigError(
-            "a teacher is given and response_weight is 0: it would have no effect",
-            hint="leave the teacher out or raise response_weight",
-        )
-
-
-def check_pair(*, student: Path, teacher: Path) -> None:
-    """Check, from small files alone, that both models speak of the same tokens.
-
-    Vocabularies may differ in padding: rows of the output head that no token of the tokenizer uses.
-
-    Raises:
-        ModelError: if tokenizers differ, or a vocabulary lacks a token of the tokenizer.
-    """
-    vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
-    check_padding(**vocabularies, tokenizer=student)
-    if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
-        raise ModelError(
-            f"tokenizer.json of {student} and {teacher} differ",
-            hint="token distillation needs one tokenizer: prune the student from this teacher",
-        )
-
-
-def check_sizes(config: DistillConfig, *, student: Path, teacher: Path) -> None:
-    """Check that the teacher is no smaller than the student, unless the settings allow it.
-
-    One of equal size is welcome: the student's own earlier self (arXiv:1805.04770).
-
-    Raises:
-        ModelError: if it is smaller: most often the two were given the wrong way round.
-    """
-    small, large = read_shape(student).parameters, read_shape(teacher).parameters
-    if small > large and not config.allow_smaller_teacher:
-        raise ModelError(
-            f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
-            hint="give them the other way round, or set allow_smaller_teacher=true",
-        )
+def _text(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
+    """All blocks of the run."""
+    blocks = token_blocks(
+        config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
+    )
+    if config.monitor is None:
+        return Text(blocks)
+    return Text(blocks, config.monitor.text(config.data, tokenizer, seed=config.seed))
 
 
 def _with_pairs(config: DistillConfig, student: Artifact, teacher: Artifact) -> DistillConfig:
@@ -368,10 +360,10 @@ def _with_pairs(config: DistillConfig, student: Artifact, teacher: Artifact) -> 
     return config.model_copy(update={"features": with_pairs(config.features, *shapes, kept)})
 
 
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise ModelError(f"{path} is missing", hint="import the model again from its source")
-    return sha256_of(path)
+def _in_one_piece(model: "PreTrainedModel", source: Path) -> "PreTrainedModel | None":
+    from trt_kd.training.sharding import in_one_piece
+
+    return in_one_piece(model, lambda: load_model(source, dtype="float32"))
 
 
 def _save(model: "PreTrainedModel", source: Path, out: Path) -> None:

@@ -30,6 +30,8 @@ class Teacher(Plugin, ABC):
 
     shows_layers: ClassVar[bool] = False
     """Whether the teacher runs beside the student, so that its layers can be read."""
+    runs_beside: ClassVar[bool] = False
+    """Whether it runs in every step on the student's own inputs; else its rows come from disk."""
     needs_checkpoint: ClassVar[bool] = True
     """Whether it reads a checkpoint of the teacher; else it is given the student's."""
 

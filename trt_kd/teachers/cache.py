@@ -4,6 +4,7 @@ A folder holds ``shard-00000.safetensors`` and so on, and ``index.json``, which 
 names the shards that a reader may see.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Cache:
     def __init__(self, directory: Path, index: Index, shards: list[Shard]) -> None:
         self.directory = directory
         self.index = index
+        self._shards = shards
         self._places = {
             sample: (shard, place) for shard in shards for place, sample in enumerate(shard.samples)
         }
@@ -120,6 +122,11 @@ class Cache:
         """
         places = [self._place(sample, tokens_BL) for sample in sample_ids(tokens_BL)]
         return np.array([shard.dropped[place] for shard, place in places], dtype=np.float32)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether any of its blocks has left out a token of the teacher."""
+        return any(bool(shard.dropped.any()) for shard in self._shards)
 
     def _place(self, sample: bytes, tokens_BL: NDArray[np.int64]) -> tuple[Shard, int]:
         if sample not in self._places:

@@ -16,6 +16,7 @@ class OnlineTeacher(Teacher):
     """Run the teacher's forward pass in every step."""
 
     shows_layers: ClassVar[bool] = True
+    runs_beside: ClassVar[bool] = True
 
     kind: Literal["online"] = "online"
     """Name in the registry."""

@@ -6,7 +6,7 @@ logits; the choice per sample of the teacher that knows the text best, Yuan et a
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 from typing_extensions import Self
@@ -25,6 +25,8 @@ Combine = Literal["probabilities", "logits", "best"]
 
 class SeveralTeachers(Teacher):
     """Run several teachers of one tokenizer in every step and mix what they say."""
+
+    runs_beside: ClassVar[bool] = True
 
     kind: Literal["several"] = "several"
     """Name in the registry."""

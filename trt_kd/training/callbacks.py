@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trt_kd.training.checkpointing import PREFIX, mark_complete, remove_older
+from trt_kd.training.distributed import Processes
 from trt_kd.training.history import log_of
 
 logger = logging.getLogger(__name__)
@@ -23,14 +24,19 @@ LOG_EVERY_S = 60.0
 class MarkCheckpoints(TrainerCallback):
     """Mark every checkpoint once it is whole on disk, then remove the older ones."""
 
-    def __init__(self, checkpoints: Path) -> None:
+    def __init__(self, checkpoints: Path, processes: Processes) -> None:
         self.checkpoints = checkpoints
+        self.processes = processes
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Mark and tidy up; called after the last file of a checkpoint was written."""
-        newest = self.checkpoints / f"{PREFIX}{state.global_step}"
+        """Mark and tidy up; called after this process wrote its last file of a checkpoint."""
+        self.processes.wait()
+        self.processes.share(lambda: self._mark(state.global_step))
+
+    def _mark(self, step: int) -> None:
+        newest = self.checkpoints / f"{PREFIX}{step}"
         mark_complete(newest)
         remove_older(self.checkpoints, newest)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trt_kd.losses.kl import ForwardKL
 from trt_kd.losses.top_k import TopK
 from trt_kd.training.head import Head, TeacherRows
+from trt_kd.training.optimizer_state import whole
 
 LOGITS_BYTES = 64 << 20
 """Size of the float32 logits that exist at a time, of student and teacher each."""
@@ -73,6 +74,7 @@ def layer_gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict
     """Euclidean norm of the gradient by layer: ``layer_0`` and so on, ``outside_layers``.
 
     The layer is the first number in a parameter's name; embeddings, last norm and head have none.
+    Where parameters are sharded, every process has to call it.
     """
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in parameters:
@@ -81,6 +83,6 @@ def layer_gradient_norms(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict
             group = f"layer_{found[1]}" if found else "outside_layers"
             groups.setdefault(group, []).append(parameter.grad)
     return {
-        name: float(torch.stack(torch._foreach_norm(gradients)).norm())
+        name: float(whole(torch.stack(torch._foreach_norm(gradients)).norm()))
         for name, gradients in groups.items()
     }

@@ -5,13 +5,10 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
@@ -21,11 +18,15 @@ from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.distributed import STEP_LIMIT
 from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
+from trt_kd.training.packing import check_packing
+from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
+from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
 from trt_kd.training.trainer import (
     Blocks,
     CachedTrainer,
@@ -40,17 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PRECISION = "ACCELERATE_MIXED_PRECISION"
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token blocks ``[count, L]``."""
-
-    blocks: NDArray[np.int64]
-    """Those to train on, in order."""
-    heldout: NDArray[np.int64] | None = None
-    """Those that the monitor measures on; without them there is none."""
+_READ = ("ACCELERATE_", "FSDP_")
+"""Beginnings of the names of variables that accelerate reads."""
 
 
 def train(
@@ -59,47 +51,58 @@ def train(
     text: Text,
     *,
     objective_at: ObjectiveAt,
-    schedule: Schedule,
-    work: Path,
+    run: Run,
 ) -> TrainingLog:
     """Train ``student`` (float32 weights) in place on ``text`` in order; return the log.
 
-    Checkpoints go to ``work/checkpoints``, TensorBoard's event file to ``work/tensorboard``. A run
-    that finds a complete checkpoint there goes on from it. ``teacher`` runs beside the student (so
-    do all of a mixture), or is a cache that holds all blocks, or is None for hard labels alone.
+    Checkpoints go to ``checkpoints`` in the work folder, TensorBoard's event file to
+    ``tensorboard``. A run that finds a complete checkpoint there goes on from it. ``teacher`` runs
+    beside the student (so do all of a mixture), or is a cache that holds all blocks, or is None for
+    hard labels alone. Of several processes each makes the same call; the first writes. A sharded
+    student stays sharded.
 
     Raises:
-        ModelError: if logits are not those of a linear head.
+        ConfigError: if the processes cannot share a step's passes, the features or the teachers.
+        ModelError: if logits are not those of a linear head, or documents cannot be kept apart.
         TrtKdError: if the loss is not finite, or an alarm stops the run; checkpoints stay.
     """
+    schedule, work, processes = run.schedule, run.work, run.processes
     check_linear_head(student, "student")
+    if run.end is not None:
+        check_packing(student, "student")
     use_cache = student.config.use_cache
     progress = Progress(schedule.batch_size * schedule.gradient_accumulation * text.blocks.shape[1])
     events = EventFiles(work / "tensorboard")
+    shown: list[TrainerCallback] = [progress, events] if processes.main else []
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _mixed_precision(schedule.precision), lean(student):
+    with _quiet(), _environment(schedule), lean(student):
         settings: dict[str, Any] = {
             "model": student,
-            "args": training_arguments(schedule, checkpoints),
-            "train_dataset": Blocks(text.blocks),
-            "callbacks": [progress, events, MarkCheckpoints(checkpoints)],
+            "args": training_arguments(schedule, checkpoints, processes.count),
+            "train_dataset": Blocks(text.blocks, run.end),
+            "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
+        if schedule.sharding == "fsdp2":
+            let_accelerate_shard(settings["args"])
         features = terms_of(schedule, student, teacher)
         if features is not None:  # its file belongs to a checkpoint: before the marker
             settings["callbacks"].insert(0, KeepFeatures(features, checkpoints))
-        trainer = _trainer(teacher, settings)
+        trainer = _trainer(teacher, settings, run)
+        check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
-        trainer.start(objective_at, dtype)
+        trainer.start(objective_at, dtype, run.end)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
             trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout))
-        resume = newest_complete(checkpoints)
+        resume = processes.share(lambda: _newest(checkpoints))
         if features is not None:
-            trainer.features = features.resumed(resume).to(trainer.args.device)
+            trainer.features = features.resumed(Path(resume) if resume else None).to(
+                trainer.args.device
+            )
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=resume)
         finally:
             student.config.use_cache = use_cache  # the trainer switches it off
             progress.close()
@@ -108,7 +111,9 @@ def train(
     return log_of(trainer.state.log_history)
 
 
-def _trainer(teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[str, Any]) -> Any:
+def _trainer(
+    teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[str, Any], run: Run
+) -> Any:
     """The trainer for what the teacher is."""
     if teacher is None:
         return TaskTrainer(**settings)
@@ -119,22 +124,33 @@ def _trainer(teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[s
     models = teacher.models if isinstance(teacher, Mixture) else [teacher]
     for model in models:
         check_linear_head(model, "teacher")
+        if run.end is not None:
+            check_packing(model, "teacher")
     beside = {"distill_args": {"teacher_model": models[0]}}
     if not isinstance(teacher, Mixture):
         return DistillTrainer(**settings, **beside)
+    if run.schedule.sharding != "none":
+        raise ValueError("several teachers cannot be sharded")
     trainer = SeveralTrainer(**settings, **beside)
     trainer.mixture = teacher
     return trainer
 
 
-def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:
-    """Arguments of the Hugging Face trainer: one process, one device, nothing reported outside."""
+def training_arguments(
+    schedule: Schedule, checkpoints: Path, processes: int = 1
+) -> TrainingArguments:
+    """Arguments of the Hugging Face trainer: one device a process, nothing reported outside.
+
+    Raises:
+        ConfigError: if a step's passes cannot be shared by the processes.
+    """
     cuda = torch.cuda.is_available()
+    passes = schedule.passes(processes)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.gradient_accumulation,
+        gradient_accumulation_steps=passes,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=schedule.warmup_steps,
@@ -152,10 +168,19 @@ def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArgumen
         save_strategy="steps",
         save_steps=schedule.checkpoint_every_steps,
         seed=schedule.seed,
+        gradient_checkpointing=schedule.gradient_checkpointing,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False if processes > 1 else None,
+        ddp_timeout=int(STEP_LIMIT.total_seconds()),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs would mean nn.DataParallel and larger batches
     return arguments
+
+
+def _newest(checkpoints: Path) -> str | None:
+    found = newest_complete(checkpoints)
+    return str(found) if found else None
 
 
 def _remove_printers(trainer: Any) -> None:
@@ -184,14 +209,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _mixed_precision(precision: str) -> Iterator[None]:
-    """Set what accelerate reads, and transformers 4 leaves set for the next run, for this run."""
-    before = os.environ.get(_PRECISION)
-    os.environ[_PRECISION] = "bf16" if precision == "bf16" else "no"
+def _environment(schedule: Schedule) -> Iterator[None]:
+    """Set for this run what accelerate reads; transformers 4 leaves it set for the next one."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(_READ)}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if schedule.precision == "bf16" else "no"
+    os.environ.update(FSDP2 if schedule.sharding == "fsdp2" else {})
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PRECISION]
-        else:
-            os.environ[_PRECISION] = before
+        for name in [name for name in os.environ if name.startswith(_READ)]:
+            del os.environ[name]
+        os.environ.update(before)

@@ -13,6 +13,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from trt_kd.config import StrictModel
+from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
@@ -24,9 +25,9 @@ class Schedule(StrictModel):
     steps: PositiveInt = 100
     """Optimizer steps."""
     batch_size: PositiveInt = 4
-    """Sequences of one forward and backward pass."""
+    """Sequences of one forward and backward pass of one process."""
     gradient_accumulation: PositiveInt = 1
-    """Passes of one step."""
+    """Passes of one step, which all processes share: a multiple of their count."""
     learning_rate: PositiveFloat = 2e-4
     """Peak of the cosine; a student that starts well wants a small one."""
     warmup_steps: NonNegativeInt = 0
@@ -39,6 +40,12 @@ class Schedule(StrictModel):
     """Of the matrix products; weights, sums and losses are float32."""
     checkpoint_every_steps: PositiveInt = 50
     """Steps that a kill costs at most; a checkpoint takes 12 bytes per parameter."""
+    gradient_checkpointing: bool = False
+    """Keep the input of every layer and compute the rest again on the way back: the same
+    gradients with less memory, for one more forward pass."""
+    sharding: Annotated[Literal["none", "fsdp2"], Field(exclude=True)] = "none"
+    """``fsdp2`` splits weights, gradients, optimizer state and teacher over the processes; else
+    every process holds them all. The result is the same, so it is no part of a run's identity."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Order of the text, and the trainer's generators."""
     monitor: MonitorConfig | None = MonitorConfig()
@@ -59,3 +66,29 @@ class Schedule(StrictModel):
     def sequences(self) -> int:
         """Token blocks that the run reads."""
         return self.steps * self.batch_size * self.gradient_accumulation
+
+    def passes(self, processes: int) -> int:
+        """Passes of one step on each of so many processes.
+
+        Raises:
+            ConfigError: if they cannot be shared evenly, there is nothing to shard over, or
+                features, which one process learns, are asked of more.
+        """
+        if self.features and processes > 1:
+            raise ConfigError(
+                f"features are learnt in one process, {processes} were started",
+                hint="start it without a launcher, or leave features out",
+            )
+        if self.gradient_accumulation % processes:
+            raise ConfigError(
+                f"gradient_accumulation {self.gradient_accumulation} cannot be shared by "
+                f"{processes} processes",
+                hint=f"set it to a multiple of {processes}; batch_size times "
+                "gradient_accumulation are the sequences of a step, whoever reads them",
+            )
+        if self.sharding != "none" and processes == 1:
+            raise ConfigError(
+                f"sharding: {self.sharding} has no effect in one process",
+                hint="leave it out, or start with torchrun --nproc-per-node N -m trt_kd.cli",
+            )
+        return self.gradient_accumulation // processes

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trt_kd.losses.maths import wide
 from trt_kd.teachers.mixing import MixedRows, Mixture
+from trt_kd.training import packing
 from trt_kd.training.alignment import AlignedHead
 from trt_kd.training.head import TeacherRows, pieces, rows_at_a_time
 from trt_kd.training.trainer import DistillTrainer
@@ -53,7 +54,7 @@ class SeveralTrainer(DistillTrainer):
         head.forward = lambda hidden_BLD: hidden_BLD
         try:
             with torch.no_grad():
-                output = model(input_ids=tokens_BL, use_cache=False)
+                output = model(**packing.inputs(tokens_BL, self.end))
         finally:
             head.forward = forward
         return output.logits  # type: ignore[no-any-return]

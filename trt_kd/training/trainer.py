@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from modelopt.torch.distill.plugins.huggingface import IGNORE_INDEX, KDTrainer
 from modelopt.torch.opt.plugins import ModelOptHFTrainer
 from numpy.typing import NDArray
@@ -19,21 +20,24 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from trt_kd.errors import TrtKdError
 from trt_kd.teachers.cache import Cache
+from trt_kd.training import packing
 from trt_kd.training.alignment import AlignedHead, aligned
 from trt_kd.training.feature_terms import Both, FeatureTerms
 from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
 from trt_kd.training.heldout import heldout_sums
 from trt_kd.training.history import MEASURED
+from trt_kd.training.sharding import PortableCheckpoints, gathered
 
 ObjectiveAt = Callable[[int], Objective]
 """The objective of a step, counted from 0."""
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Token blocks ``[count, L]`` in their order."""
+    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins."""
 
-    def __init__(self, blocks: NDArray[np.int64]) -> None:
+    def __init__(self, blocks: NDArray[np.int64], end: int | None = None) -> None:
         self.blocks = blocks
+        self.end = end
 
     def __len__(self) -> int:
         """Count of blocks."""
@@ -44,18 +48,24 @@ class Blocks(Dataset[dict[str, Tensor]]):
         tokens_L = torch.tensor(self.blocks[index])
         labels_L = tokens_L.clone()
         labels_L[0] = IGNORE_INDEX
+        if self.end is not None:
+            labels_L[1:][~packing.goes_on(tokens_L, self.end)] = IGNORE_INDEX
         return {"input_ids": tokens_L, "labels": labels_L}
 
 
-class _ObjectiveTrainer:
+class _ObjectiveTrainer(PortableCheckpoints):
     """What both trainers share: order of data, loss, log. Mixed in before a trainer of ModelOpt."""
 
     objective_at: ObjectiveAt
     head_dtype: torch.dtype
     features: FeatureTerms | None = None
+    end: int | None
 
-    def start(self, objective_at: ObjectiveAt, head_dtype: torch.dtype) -> None:
-        """Set what to minimize and the dtype of the head's matrix products."""
+    def start(
+        self, objective_at: ObjectiveAt, head_dtype: torch.dtype, end: int | None = None
+    ) -> None:
+        """Set what to minimize, the dtype of the head's products and what ends a document."""
+        self.end = end
         self.objective_at = objective_at
         self.head_dtype = head_dtype
         self.model_accepts_loss_kwargs = True  # the token count comes as num_items_in_batch
@@ -97,8 +107,7 @@ class _ObjectiveTrainer:
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
         with self._reading(step) as both:
-            with trainer._liger_identity_lm_head():
-                hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
+            hidden_BLD = self._hidden_states(model, tokens_BL)
             runs = objective.response_weight or both is not None
             teacher = self._teacher_rows(tokens_BL, mask_BK) if runs else None
         student = trainer.accelerator.unwrap_model(trainer.model)
@@ -126,6 +135,19 @@ class _ObjectiveTrainer:
         if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _hidden_states(self, model: nn.Module, tokens_BL: Tensor) -> Tensor:
+        """The student's last hidden states ``[B, L, D]``."""
+        trainer: Any = self
+        with trainer._liger_identity_lm_head(), self._precision():
+            return model(**packing.inputs(tokens_BL, self.end)).logits  # type: ignore[no-any-return]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast, with which accelerate wraps every model but a sharded one."""
+        trainer: Any = self
+        if trainer.is_fsdp_enabled and self.head_dtype == torch.bfloat16:
+            return torch.autocast(trainer.args.device.type, torch.bfloat16)
+        return nullcontext()
 
     def _reading(self, step: int) -> AbstractContextManager[Both | None]:
         """Read what the features of ``step`` need of both models' next forward passes."""
@@ -169,23 +191,25 @@ class _ObjectiveTrainer:
         """Task loss and entropy of the student on ``blocks`` ``[N, L]``, in nats per token.
 
         With a teacher also the divergence from it and the share of tokens at which both find the
-        same token likeliest. The teacher runs once: give the same blocks every time.
+        same token likeliest. The teacher runs once: give the same blocks every time. Of several
+        processes each makes the same call.
         """
         trainer: Any = self
         model = trainer.model_wrapped
-        sums, training = torch.zeros(4, dtype=torch.float64), model.training
+        sums, count, training = torch.zeros(4, dtype=torch.float64), 0, model.training
         model.eval()
         for number, start in enumerate(range(0, len(blocks), batch_size)):
             tokens_BL = torch.from_numpy(blocks[start : start + batch_size]).to(trainer.args.device)
-            mask_BK = torch.ones_like(tokens_BL[:, 1:], dtype=torch.bool)
-            with trainer._liger_identity_lm_head():
-                hidden_BLD = model(input_ids=tokens_BL, use_cache=False).logits
+            mask_BK = packing.goes_on(tokens_BL, self.end)
+            hidden_TD = self._hidden_states(model, tokens_BL)[:, :-1][mask_BK]
             if number == len(self._heldout_rows):
                 self._heldout_rows.append(self._teacher_rows(tokens_BL, mask_BK))
-            sums += self._heldout_sums(hidden_BLD, tokens_BL, self._heldout_rows[number]).cpu()
+            labels_T = tokens_BL[:, 1:][mask_BK]
+            sums += self._heldout_sums(hidden_TD, labels_T, self._heldout_rows[number]).cpu()
+            count += len(labels_T)
         self._token_sums = {}  # training logs its own
         model.train(training)
-        task, entropy, divergence, agreement = (sums / blocks[:, 1:].size).tolist()
+        task, entropy, divergence, agreement = (sums / count).tolist()
         found = {
             "heldout_task_nats_per_token": task,
             "heldout_entropy_nats_per_token": entropy,
@@ -197,22 +221,23 @@ class _ObjectiveTrainer:
 
     def _heldout_sums(
         self,
-        hidden_BLD: Tensor,
-        tokens_BL: Tensor,
+        hidden_TD: Tensor,
+        labels_T: Tensor,
         teacher: Callable[[slice], TeacherRows] | None,
     ) -> Tensor:
         trainer: Any = self
         student = trainer.accelerator.unwrap_model(trainer.model)
 
         def summed() -> Tensor:
-            return heldout_sums(
-                hidden_BLD[:, :-1].flatten(0, 1),
-                linear_head(student).cast(self.head_dtype),
-                tokens_BL[:, 1:].flatten(),
-                teacher,
-            )
+            head = linear_head(student).cast(self.head_dtype)
+            return heldout_sums(hidden_TD, head, labels_T, teacher)
 
         return trainer._sharded_liger_compute(summed)  # type: ignore[no-any-return]
+
+    def agreed(self, values: dict[str, float]) -> dict[str, float]:
+        """The values of process 0, so that what follows from them is the same everywhere."""
+        told = torch.tensor(list(values.values()), dtype=torch.float64)
+        return dict(zip(values, broadcast(told).tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's terms, unrounded, its weights and its duration.
@@ -256,13 +281,19 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
 
     _teacher_head: AlignedHead | None = None
 
+    def _prepare_model(self, model: nn.Module) -> nn.Module:
+        """Place the teacher; where processes hold it whole there are no gradients to average."""
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
+            return super()._prepare_model(model)  # type: ignore[no-any-return]
+        return self.accelerator.prepare_model(model, evaluation_mode=True)  # type: ignore[no-any-return]
+
     def _teacher_rows(
         self, tokens_BL: Tensor, mask_BL: Tensor
     ) -> Callable[[slice], TeacherRows] | None:
         """Run the teacher's trunk once; its head follows piece by piece."""
         self._ensure_teacher_prepared()
-        with self._teacher_liger_identity_lm_head():
-            outputs = self._compute_teacher_outputs({"input_ids": tokens_BL, "use_cache": False})
+        with self._teacher_liger_identity_lm_head(), self._precision():
+            outputs = self._compute_teacher_outputs(packing.inputs(tokens_BL, self.end))
         hidden_TD = outputs.logits[:, :-1][mask_BL]
         if self._teacher_head is None:
             self._teacher_head = self._aligned_head(self._get_unwrapped_teacher())
@@ -272,7 +303,8 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     def _aligned_head(self, teacher: Any) -> AlignedHead:
         """The teacher's head with the student's columns."""
         columns = len(linear_head(self.accelerator.unwrap_model(self.model)).weight)
-        return aligned(linear_head(teacher).cast(self.head_dtype), columns)
+        head = gathered(teacher, linear_head)
+        return aligned(head.cast(self.head_dtype), columns)
 
     def _logits(self, head: AlignedHead, hidden_TD: Tensor, share: float = 1.0) -> Tensor:
         """Logits of a teacher that has so large a share; the mass that is left out is noted."""
@@ -293,9 +325,9 @@ class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
         """Read the rows of the whole blocks of this micro-batch."""
         blocks = tokens_BL.cpu().numpy()
         top = self.cache.rows(blocks)[mask_BL.flatten().cpu()]
-        dropped_B = self.cache.dropped(blocks)
-        if dropped_B.any():
-            dropped_B1 = torch.from_numpy(dropped_B).to(mask_BL.device).unsqueeze(-1)
+        if self.cache.drops:  # of all its blocks: every process logs the same names
+            dropped_B = torch.from_numpy(self.cache.dropped(blocks))
+            dropped_B1 = dropped_B.to(mask_BL.device).unsqueeze(-1)
             self._add("dropped_teacher_mass", (dropped_B1 * mask_BL).sum())
         return top.to(tokens_BL.device).__getitem__
 

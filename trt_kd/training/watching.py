@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor(TrainerCallback):
-    """Measure the student before the first step, every few steps and at the end."""
+    """Measure the student before the first step, every few steps and at the end.
+
+    Of several processes every one measures the same blocks, and takes what the first one found.
+    """
 
     def __init__(self, config: MonitorConfig, trainer: Any, blocks: NDArray[np.int64]) -> None:
         self.config = config
@@ -71,7 +74,7 @@ class Monitor(TrainerCallback):
             found |= {f"grad_norm_{n}": x * grad_norm / total for n, x in self._norms.items()}
         seconds = self._seconds + time.monotonic() - start
         self._norms, self._seconds = {}, 0.0
-        self.trainer.log({**found, MEASURED: seconds})
+        self.trainer.log(self.trainer.agreed({**found, MEASURED: seconds}))
 
 
 class Alarms(TrainerCallback):
@@ -98,8 +101,8 @@ class Alarms(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the newest row."""
-        for alarm in self._see(state.log_history[-1]):
-            step = state.global_step
+        raised, step = self._see(state.log_history[-1]), state.global_step
+        for alarm in raised if state.is_world_process_zero else []:
             logger.warning(
                 "alarm %s at step %d: %s; %s", alarm.name, step, alarm.says, alarm.advice
             )

@@ -1,0 +1,92 @@
+"""What distillation is given fits together: settings, teacher, student and processes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_kd.architectures.shape import read_shape
+from trt_kd.artifacts.manifest import sha256_of
+from trt_kd.errors import ConfigError, ModelError
+from trt_kd.evaluation.vocabulary import check_padding
+from trt_kd.training.weights import peak
+
+if TYPE_CHECKING:
+    from trt_kd.stages.distill import DistillConfig
+
+
+def check_teacher(config: "DistillConfig", *, has_teacher: bool) -> None:
+    """Check that a teacher's checkpoint is given if and only if the objective uses one.
+
+    Raises:
+        ConfigError: if it is not so.
+    """
+    needs = config.uses_teacher and config.teacher.needs_checkpoint
+    if has_teacher and config.uses_teacher and not needs:
+        raise ConfigError(
+            f"teacher {config.teacher.kind} reads no checkpoint: the one given has no effect",
+            hint="leave it out, or choose another kind of teacher",
+        )
+    if needs and not has_teacher:
+        weight = peak(config.response_weight)
+        what = f"response_weight {weight:g} needs" if weight else "features need"
+        raise ConfigError(
+            f"{what} a teacher and none is given",
+            hint="give one, or set response_weight=0 and task_weight=1, without features",
+        )
+    if has_teacher and not config.uses_teacher:
+        raise ConfigError(
+            "a teacher is given and response_weight is 0: it would have no effect",
+            hint="leave the teacher out or raise response_weight",
+        )
+
+
+def check_pair(*, student: Path, teacher: Path) -> None:
+    """Check, from small files alone, that both models speak of the same tokens.
+
+    Vocabularies may differ in padding: rows of the output head that no token of the tokenizer uses.
+
+    Raises:
+        ModelError: if tokenizers differ, or a vocabulary lacks a token of the tokenizer.
+    """
+    vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
+    check_padding(**vocabularies, tokenizer=student)
+    if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
+        raise ModelError(
+            f"tokenizer.json of {student} and {teacher} differ",
+            hint="token distillation needs one tokenizer: prune the student from this teacher",
+        )
+
+
+def check_sizes(config: "DistillConfig", *, student: Path, teacher: Path) -> None:
+    """Check that the teacher is no smaller than the student, unless the settings allow it.
+
+    One of equal size is welcome: the student's own earlier self (arXiv:1805.04770).
+
+    Raises:
+        ModelError: if it is smaller: most often the two were given the wrong way round.
+    """
+    small, large = read_shape(student).parameters, read_shape(teacher).parameters
+    if small > large and not config.allow_smaller_teacher:
+        raise ModelError(
+            f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
+            hint="give them the other way round, or set allow_smaller_teacher=true",
+        )
+
+
+def check_processes(config: "DistillConfig", count: int) -> None:
+    """Check that so many processes can share the run.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    config.passes(count)
+    if count > 1 and config.uses_teacher and not config.teacher.needs_checkpoint:
+        raise ConfigError(
+            f"teacher {config.teacher.kind} works in one process, {count} were started",
+            hint="start it without a launcher, or take teacher online or cached",
+        )
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing", hint="import the model again from its source")
+    return sha256_of(path)

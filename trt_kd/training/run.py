@@ -1,0 +1,33 @@
+"""On what, where and with whom one training run is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trt_kd.training.distributed import Processes
+from trt_kd.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token blocks ``[count, L]``."""
+
+    blocks: "NDArray[np.int64]"
+    """Those to train on, in order."""
+    heldout: "NDArray[np.int64] | None" = None
+    """Those that the monitor measures on; without them there is none."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train, where state that outlives a kill goes, and among which processes."""
+
+    schedule: Schedule
+    work: Path
+    processes: Processes = Processes()  # noqa: RUF009 - frozen
+    end: int | None = None
+    """Token after which another document begins; None where a block is one text."""
