@@ -1,7 +1,7 @@
 """Two processes over gloo do what one does, sharded or not, and neither waits for a dead one.
 
-Both are started once, forked from one that has imported everything, and go through all jobs; what
-they found lies in a file for each.
+All training is done by one pair, forked from a process that has imported everything, job by job;
+what they found lies in a file for each. The first of them also does what one process does alone.
 """
 
 import json
@@ -13,36 +13,39 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, work_directory, writing
+from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import save_model
 from trt_kd.config import StageConfig
 from trt_kd.errors import ConfigError
-from trt_kd.stages.distill import DistillConfig, distill
-from trt_kd.training import callbacks
+from trt_kd.stages.distill import DistillConfig
+from trt_kd.stages.matching import check_processes
 from trt_kd.training.distributed import Processes, joined, launched, require_one_process
 from trt_kd.training.schedule import Schedule
 
-STEPS = 3
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 """For weights and losses: sums over processes are taken in another order."""
 
 WORKER = """
-import json, os, sys
+import gc, json, logging, os, sys
+from dataclasses import replace
 from pathlib import Path
-from trt_kd.artifacts import Artifact
+from trt_kd.artifacts import Artifact, work_directory
 from trt_kd.errors import TrtKdError
 from trt_kd.stages import distill as stage
 
 stage.require_modelopt()
-from trt_kd.training import callbacks, loop, sharding
+from trt_kd.training import alarms, callbacks, loop, sharding
 
+gc.freeze()  # what was imported is not looked through again and again
 other = os.fork()
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(bool(other)))
+rank = int(bool(other))  # the parent is the second, and the last to go
 jobs, student, teacher, results = sys.argv[1:]
 roles = {"student": Artifact.open(Path(student)), "teacher": Artifact.open(Path(teacher))}
-rank = int(os.environ["RANK"])
+together = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank))
+alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
 found = {}
 
 def interrupt_in(step):
@@ -50,6 +53,13 @@ def interrupt_in(step):
         if state.global_step + 1 == step:
             raise KeyboardInterrupt
     callbacks.MarkCheckpoints.on_step_begin = on_step_begin
+
+def raise_alarm_at(step):
+    alarms.ALARMS = tuple(
+        replace(alarm, fires=lambda steps, measured: step and len(steps) == step)
+        if alarm.name == "response_rises" else alarm
+        for alarm in alarms.ALARMS
+    )
 
 def refuse(*_, **__):
     raise OSError(28, "No space left on device")
@@ -64,16 +74,28 @@ def look(model, load):
 sharding.in_one_piece = look
 save = stage.save_model
 
+class Hear(logging.Handler):
+    def emit(self, record):
+        found[name]["said"].append(record.getMessage())
+logging.getLogger("trt_kd.training.watching").addHandler(Hear())
+
 for name, job in json.loads(jobs).items():
-    found[name] = {}
+    found[name] = {"said": []}
+    if job["alone"] and rank:
+        continue
+    os.environ.clear()
+    os.environ.update(alone if job["alone"] else together)
     interrupt_in(job["cut"])
+    raise_alarm_at(job["alarm"])
     stage.save_model = refuse if job["full_disk"] else save
-    config = stage.DistillConfig.model_validate(job["config"])
+    config, out = stage.DistillConfig.model_validate(job["config"]), Path(job["out"])
     try:
-        made = stage.distill(config, **roles, out=Path(job["out"]))
+        made = stage.distill(config, **roles, out=out)
         found[name]["processes"] = made.metrics["processes"]
     except (TrtKdError, KeyboardInterrupt) as error:
         found[name]["error"] = f"{type(error).__name__}: {error}"
+        kept = (work_directory(out) / "checkpoints").glob("*")
+        found[name]["kept"] = [path.name for path in kept]
 Path(results, f"{rank}.json").write_text(json.dumps(found))
 if other:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
@@ -104,64 +126,57 @@ def settings(text_file):
     def make(**changes):
         return {
             "data": {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32},
-            "steps": STEPS,
+            "steps": 4,
             "batch_size": 1,
             "gradient_accumulation": 4,
             "learning_rate": 1e-3,
             "checkpoint_every_steps": 2,
             "precision": "fp32",
             "task_weight": 0.5,
-            "monitor": {"every_steps": 2, "blocks": 3, "skip_blocks": 0},
+            "monitor": {"every_steps": 2, "blocks": 2, "skip_blocks": 0},
         } | changes
 
     return make
 
 
-def alone(settings, student, teacher, out, *, cut=None):
-    """One process, interrupted before the step ``cut``."""
-    with pytest.MonkeyPatch.context() as patch:
-        if cut:
-
-            def interrupt(self, args, state, control, **_):
-                if state.global_step + 1 == cut:
-                    raise KeyboardInterrupt
-
-            patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                alone(settings, student, teacher, out)
-            return None
-        config = DistillConfig.model_validate(settings)
-        return distill(config, student=student, teacher=teacher, out=out)
-
-
-@pytest.fixture(scope="module")
-def whole(settings, student, teacher, tmp_path_factory):
-    """One process without interruption."""
-    return alone(settings(), student, teacher, tmp_path_factory.mktemp("whole") / "out")
+def all_jobs(settings, student, folder):
+    """What the pair does, in order; of what is begun again every part has the same folder."""
+    fsdp2 = {"sharding": "fsdp2"}
+    bf16 = {"steps": 2, "precision": "bf16"}
+    short = {"steps": 2, "checkpoint_every_steps": 4}
+    cached = short | {"teacher": {"kind": "cached", "k": 64}}
+    others = {"others": [str(student.path)], "weights": [2, 1]}
+    several = short | {"teacher": {"kind": "several"} | others, "monitor": None}
+    stopped = {"stop_on": ["response_rises"]}
+    jobs = {
+        "alone": {"alone": True},
+        "ddp": {},
+        "fsdp2": {"config": fsdp2},
+        "bf16_alone": {"alone": True, "config": bf16},
+        "bf16": {"config": bf16 | fsdp2},
+        "cached_alone": {"alone": True, "config": cached},
+        "cached": {"config": cached},
+        "several_alone": {"alone": True, "config": several},
+        "several": {"config": several},
+        "relay_1": {"alone": True, "config": stopped, "alarm": 1},
+        "relay_2": {"cut": 3},
+        "relay_3": {"config": fsdp2 | stopped, "alarm": 3},
+        "relay_4": {"alone": True},
+        "taken": {},
+        "full_disk": {"full_disk": True, "config": {"steps": 1, "monitor": None}},
+    }
+    plain = {"alone": False, "cut": 0, "alarm": 0, "full_disk": False}
+    for name, job in jobs.items():
+        out = str(folder / name.partition("_")[0] if "relay" in name else folder / name)
+        yield name, plain | job | {"out": out, "config": settings(**job.get("config", {}))}
 
 
 @pytest.fixture(scope="module")
 def pair(settings, student, teacher, tmp_path_factory):
     """All jobs of both processes: where they wrote and what each of them found."""
     folder = tmp_path_factory.mktemp("pair")
-    cached = {"teacher": {"kind": "cached", "k": 64}}
-    jobs = {
-        "ddp": {},
-        "ddp_cut": {"cut": 3},
-        "ddp_resumed": {},
-        "cached": {"config": settings(**cached)},
-        "taken": {},
-        "full_disk": {"full_disk": True},
-        "fsdp2": {"config": settings(sharding="fsdp2")},
-        "fsdp2_cut": {"config": settings(sharding="fsdp2"), "cut": 3},
-        "fsdp2_bf16": {"config": settings(sharding="fsdp2", precision="bf16")},
-        "fsdp2_resumed": {"config": settings(sharding="fsdp2")},
-    }
-    plain = {"config": settings(), "cut": 0, "full_disk": False}
-    jobs = {name: plain | {"out": str(folder / name)} | job for name, job in jobs.items()}
     (folder / "taken").mkdir()
-    for name in ("ddp_resumed", "fsdp2_resumed"):
-        alone(settings(), student, teacher, folder / name, cut=3)
+    jobs = dict(all_jobs(settings, student, folder))
     arguments = [json.dumps(jobs), str(student.path), str(teacher.path), str(folder)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -169,7 +184,7 @@ def pair(settings, student, teacher, tmp_path_factory):
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run(
         [sys.executable, "-c", WORKER, *arguments],
-        env=os.environ | meeting | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | meeting | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -178,6 +193,12 @@ def pair(settings, student, teacher, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
     return SimpleNamespace(folder=folder, found=found)
+
+
+@pytest.fixture
+def made(pair):
+    """What a job wrote."""
+    return lambda name: Artifact.open(pair.folder / name)
 
 
 def weights(artifact):
@@ -190,10 +211,10 @@ def rows(artifact, name):
     return [{n: v for n, v in json.loads(line).items() if "seconds" not in n} for line in lines]
 
 
-def assert_same_training(one, other):
+def assert_same_training(one, other, logs=("history", "monitors")):
     torch.testing.assert_close(weights(one), weights(other), **TOLERANCE)
-    for name in ("history", "monitors"):
-        for row, expected in zip(rows(one, name), rows(other, name), strict=True):
+    for log in logs:
+        for row, expected in zip(rows(one, log), rows(other, log), strict=True):
             assert row == pytest.approx(expected, rel=1e-4)
     for name in ("tokens_trained", "data_fingerprint", "steps", "parameters"):
         assert one.metrics[name] == other.metrics[name]
@@ -204,56 +225,67 @@ def assert_same_training(one, other):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does_on_the_same_blocks(pair, whole, name):
-    assert_same_training(Artifact.open(pair.folder / name), whole)
+def test_two_processes_train_and_measure_as_one_does_on_the_same_blocks(pair, made, name):
+    assert_same_training(made(name), made("alone"))
     assert [found[name]["processes"] for found in pair.found] == [2, 2]
-    assert whole.metrics["processes"] == 1
+    assert made("alone").metrics["processes"] == 1
 
 
-def test_two_processes_round_as_one_does(pair, settings, student, teacher, tmp_path):
+def test_what_is_compared_holds_gradients_by_layer_and_the_teacher_on_held_out_text(made):
+    first, *_, last = rows(made("fsdp2"), "monitors")
+    assert (first["step"], last["step"]) == (0, 4)
+    assert {"heldout_kl_nats_per_token", "grad_norm_layer_0", "grad_norm_layer_1"} <= last.keys()
+    assert (made("fsdp2").path / "tensorboard").is_dir()
+
+
+def test_two_processes_round_as_one_does(made):
     """In bfloat16 a sum in another order may round otherwise; a cast elsewhere would cost more."""
-    expected = alone(settings(precision="bf16"), student, teacher, tmp_path / "out")
-    made = Artifact.open(pair.folder / "fsdp2_bf16")
-    torch.testing.assert_close(weights(made), weights(expected), rtol=0, atol=1e-4)
-    assert made.metrics["loss_nats_per_token"] == pytest.approx(
-        expected.metrics["loss_nats_per_token"], rel=1e-5
-    )
+    found, expected = made("bf16"), made("bf16_alone")
+    torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=1e-4)
+    for name in ("loss_nats_per_token", "heldout_kl_nats_per_token"):
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5)
 
 
-def test_under_fsdp2_each_process_holds_a_part_and_otherwise_all(pair, whole):
+def test_under_fsdp2_each_process_holds_a_part_and_otherwise_all(pair, made):
     parts = [found["fsdp2"]["own"] for found in pair.found]
-    assert sum(parts) == whole.metrics["parameters"]
+    assert sum(parts) == made("alone").metrics["parameters"]
     assert max(parts) < 0.6 * sum(parts)
     for found in pair.found:
         assert found["fsdp2"]["sharded"]
         assert (found["ddp"]["sharded"], found["ddp"]["own"]) == (False, sum(parts))
 
 
-def test_two_processes_share_one_cache_of_a_teacher(pair, settings, student, teacher, tmp_path):
-    config = settings(teacher={"kind": "cached", "k": 64})
-    expected = alone(config, student, teacher, tmp_path / "out")
-    assert_same_training(Artifact.open(pair.folder / "cached"), expected)
+def test_two_processes_share_one_cache_of_a_teacher(made):
+    assert_same_training(made("cached"), made("cached_alone"))
+
+
+def test_two_processes_mix_several_teachers_as_one_does(made):
+    assert_same_training(made("several"), made("several_alone"), logs=["history"])
 
 
 # --- how they go on -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ddp_resumed", "fsdp2_resumed"])
-def test_what_one_process_began_two_finish(pair, whole, name):
-    assert_same_training(Artifact.open(pair.folder / name), whole)
+def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not(pair, made):
+    """One process began, two went on, sharded in the end, and one finished."""
+    kept = [[found[f"relay_{part}"].get("kept") for part in (1, 2, 3)] for found in pair.found]
+    assert kept[0] == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]
+    assert kept[1] == [None, *kept[0][1:]]
+    assert_same_training(made("relay"), made("alone"))
 
 
-@pytest.mark.parametrize("name", ["ddp_cut", "fsdp2_cut"])
-def test_what_two_processes_began_one_finishes(pair, whole, settings, student, teacher, name):
+def test_an_alarm_stops_all_processes_and_the_first_says_it(pair):
     for found in pair.found:
-        assert found[name]["error"].startswith("KeyboardInterrupt")
-    out = pair.folder / name
-    checkpoints = work_directory(out) / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
-    assert_same_training(alone(settings(), student, teacher, out), whole)
+        assert "stopped at step 3 by the alarm response_rises" in found["relay_3"]["error"]
+    assert [len(found["relay_3"]["said"]) for found in pair.found] == [1, 0]
 
 
 # --- how they fail ------------------------------------------------------------------------------
+
+
+def test_the_others_stop_when_one_is_interrupted(pair):
+    for found in pair.found:
+        assert found["relay_2"]["error"].startswith("KeyboardInterrupt")
 
 
 def test_the_others_stop_when_the_first_cannot_begin(pair):
@@ -268,6 +300,33 @@ def test_the_others_stop_when_the_first_fails_in_the_end(pair):
     assert "No space left" in first
     assert second.startswith("TrtKdError: process 0 stopped: ArtifactError: ")
     assert not (pair.folder / "full_disk").exists()
+
+
+# --- what they do not do ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"features": [{"loss": "mse"}]}, "features are learnt in one process, 2 were"),
+        (
+            {"teacher": {"kind": "served", "url": "http://127.0.0.1:1/v1", "model": "tiny"}},
+            "teacher served works in one process, 2 were",
+        ),
+    ],
+)
+def test_what_is_not_known_to_work_in_several_processes_is_refused(settings, changes, what):
+    config = DistillConfig.model_validate(settings(**changes))
+    check_processes(config, 1)
+    with pytest.raises(ConfigError, match=what) as raised:
+        check_processes(config, 2)
+    assert "without a launcher" in raised.value.hint
+
+
+def test_several_teachers_are_not_sharded(settings):
+    several = {"kind": "several", "others": ["elsewhere"]}
+    with pytest.raises(ValidationError, match="sharding fsdp2 takes one teacher, not several"):
+        DistillConfig.model_validate(settings(teacher=several, sharding="fsdp2"))
 
 
 # --- one process and its environment ------------------------------------------------------------
