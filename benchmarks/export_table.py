@@ -162,11 +162,12 @@ def numbers(made: Artifact, source: Artifact) -> dict[str, Any]:
 def share_by_bits(directory: Path) -> dict[str, float]:
     """Share of the matrix weights by the bits they are stored in, from the files' headers."""
     counts: Counter[int] = Counter()
-    with open_tensors(directory) as tensors:
-        for name in tensors:
-            dtype, dims = tensors.header(name)
-            if len(dims) >= 2 and dtype in BITS:
-                counts[BITS[dtype]] += prod(dims) * (2 if dtype == "U8" else 1)
+    for path in sorted(directory.glob("*.safetensors")):  # ranks have the same names
+        with open_tensors(directory, only=path.name) as tensors:
+            for name in tensors:
+                dtype, dims = tensors.header(name)
+                if len(dims) >= 2 and dtype in BITS:
+                    counts[BITS[dtype]] += prod(dims) * (2 if dtype == "U8" else 1)
     total = sum(counts.values())
     return {str(bits): count / total for bits, count in sorted(counts.items())}
 

@@ -154,6 +154,7 @@ def test_a_student_learns_from_what_was_written(settings, teacher, tmp_path):
             "task_weight": 1.0,
             "response_weight": 0.0,
             "precision": "fp32",
+            "monitor": None,
         }
     )
     assert made.key in config.outside()["data"]

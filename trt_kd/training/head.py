@@ -179,8 +179,10 @@ def _accumulate(
         teacher = None if work.teacher is None else work.teacher(group)
         student_TV = cast.logits(group_TD)
         total += _replace_by_gradient(student_TV, teacher, work.labels[group], work.objective)
+        del teacher  # the products below need room
         hidden_gradient_TD[group] = (student_TV @ cast.weight).to(hidden_TD.dtype)
-        weight_gradient_VD += student_TV.mT @ group_TD
+        for part in pieces(len(head.weight), limit // (4 * group_TD[0].nbytes)):
+            weight_gradient_VD[part] += student_TV[:, part].mT @ group_TD
         if bias_gradient_V is not None:
             bias_gradient_V += student_TV.sum(0, dtype=total.dtype)
     return total, (hidden_gradient_TD, weight_gradient_VD, bias_gradient_V)
