@@ -69,10 +69,3 @@ def assert_as_if_unbroken(results, kills):
 
 def test_a_run_killed_three_times_at_random_ends_bit_for_bit_like_an_unbroken_one(drill):
     assert_as_if_unbroken(drill(3, "--kinds", "online"), 3)
-
-
-@pytest.mark.slow
-def test_runs_killed_twenty_times_online_and_cached_end_bit_for_bit_like_unbroken_ones(drill):
-    results = drill(20)
-    assert [row["name"] for row in results] == ["online", "cached"]
-    assert_as_if_unbroken(results, 20)
