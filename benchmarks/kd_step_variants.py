@@ -25,6 +25,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.measuring.machine import peak_memory_bytes
 from trt_kd.stages.distill import DistillConfig, require_modelopt, train_student
 from trt_kd.stages.matching import check_pair
+from trt_kd.teachers.base import Demand
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.online import OnlineTeacher
 
@@ -167,9 +168,8 @@ def prepare(given: argparse.Namespace, count: int) -> dict[str, Any]:
         "data_fingerprint": fingerprint(blocks),
     }
     if "cached" in given.variants:
-        cache = cached_teacher(given).targets(
-            teacher, blocks, precision=given.precision, work=given.work
-        )
+        demand = Demand(blocks, given.precision, given.work)
+        cache = cached_teacher(given).targets(teacher, demand)
         facts["cache_bytes_per_token"] = cache.size_bytes / blocks.size
     return facts
 

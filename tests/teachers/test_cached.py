@@ -16,7 +16,7 @@ from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.stages.distill import DistillConfig, distill, train_student
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers import writing as writing_module
-from trt_kd.teachers.base import Teacher
+from trt_kd.teachers.base import Demand, Teacher
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.identity import identity_of
@@ -225,9 +225,7 @@ def test_a_cache_can_be_given_instead_of_a_teacher(
     blocks = token_blocks(
         config.data, load_tokenizer(student.path), split="train", count=config.sequences
     )
-    cache = CachedTeacher().targets(
-        teacher.path, blocks, precision="fp32", work=tmp_path / "elsewhere"
-    )
+    cache = CachedTeacher().targets(teacher.path, Demand(blocks, "fp32", tmp_path / "elsewhere"))
     loads.clear()
     model = load_model(student.path, dtype="float32")
     rows = train_student(config, model, blocks, cache, tmp_path / "work").steps
@@ -243,7 +241,7 @@ def test_a_cache_without_the_blocks_ends_training_with_two_lines(
     blocks = token_blocks(
         config.data, load_tokenizer(student.path), split="train", count=config.sequences
     )
-    cache = CachedTeacher().targets(teacher.path, blocks[:3], precision="fp32", work=tmp_path)
+    cache = CachedTeacher().targets(teacher.path, Demand(blocks[:3], "fp32", tmp_path))
     model = load_model(student.path, dtype="float32")
     with pytest.raises(ArtifactError, match="lacks 1 of 2 blocks") as error:
         train_student(config, model, blocks, cache, tmp_path / "work")
@@ -284,7 +282,7 @@ def test_every_teacher_makes_ready_what_training_takes(
 ):
     member: Teacher = TEACHERS.load(kind).model_validate({"kind": kind} | teacher_options(kind))
     blocks = token_blocks(settings().data, load_tokenizer(teacher.path), split="train", count=2)
-    targets = member.targets(teacher.path, blocks, precision="fp32", work=tmp_path)
+    targets = member.targets(teacher.path, Demand(blocks, "fp32", tmp_path))
     if isinstance(targets, Cache):
         assert targets.holds(blocks).all()
     else:
@@ -294,5 +292,5 @@ def test_every_teacher_makes_ready_what_training_takes(
 
 def test_a_cache_says_whose_it_is(teacher, tmp_path, settings):
     blocks = token_blocks(settings().data, load_tokenizer(teacher.path), split="train", count=1)
-    cache = CachedTeacher().targets(teacher.path, blocks, precision="fp32", work=tmp_path)
+    cache = CachedTeacher().targets(teacher.path, Demand(blocks, "fp32", tmp_path))
     assert cache.index.contents.identity == identity_of(teacher.path, precision="fp32")

@@ -15,6 +15,7 @@ from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError, ServerError, TrtKdError
 from trt_kd.stages.distill import DistillConfig, distill
 from trt_kd.teachers import writing as writing_module
+from trt_kd.teachers.base import Demand
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.endpoint import Endpoint
 from trt_kd.teachers.served import ServedTeacher
@@ -54,7 +55,7 @@ def blocks(settings, teacher):
 def local(teacher, blocks, tmp_path_factory):
     """The cache that the model itself fills."""
     work = tmp_path_factory.mktemp("local")
-    return CachedTeacher(k=K).targets(teacher.path, blocks, precision="fp32", work=work)
+    return CachedTeacher(k=K).targets(teacher.path, Demand(blocks, "fp32", work))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def ask(server, teacher, blocks, tmp_path):
     def fill(work=tmp_path / "work", **options):
         plain = {"url": server.url, "model": "tiny", "k": K, "retries": 0}
         served = ServedTeacher.model_validate({"kind": "served"} | plain | options)
-        return served.targets(teacher.path, blocks, precision="fp32", work=work)
+        return served.targets(teacher.path, Demand(blocks, "fp32", work))
 
     return fill
 

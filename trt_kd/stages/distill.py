@@ -21,7 +21,7 @@ from trt_kd.optional import require
 from trt_kd.seeding import seed_everything
 from trt_kd.stages.matching import check_pair, check_processes, check_sizes, check_teacher
 from trt_kd.teachers import TEACHERS
-from trt_kd.teachers.base import Teacher
+from trt_kd.teachers.base import Demand, Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.alarms import ALARMS, Need
 from trt_kd.training.checkpointing import check_space, claim
@@ -322,18 +322,9 @@ def train_in(
         return Objective(config.loss, task, response, config.label_smoothing)
 
     seen = text.blocks if text.heldout is None else np.concatenate([text.blocks, text.heldout])
+    demand = Demand(seen, config.precision, run.work, model.config.vocab_size)
     with run.processes.main_first():  # it writes a cache, the others read it
-        targets = (
-            config.teacher.targets(
-                teacher,
-                seen,
-                precision=config.precision,
-                work=run.work,
-                vocabulary=model.config.vocab_size,
-            )
-            if isinstance(teacher, Path)
-            else teacher
-        )
+        targets = config.teacher.targets(teacher, demand) if isinstance(teacher, Path) else teacher
     if config.features:
         from trt_kd.training.similarity import by_similarity
 

@@ -1,6 +1,7 @@
 """What a teacher is."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
@@ -25,6 +26,20 @@ CHECKED_BLOCKS = 4
 """Blocks on which a teacher is looked at before it is used."""
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What training asks of a teacher."""
+
+    blocks: "NDArray[np.int64]"
+    """All token blocks that it reads, ``[count, L]``."""
+    precision: Precision
+    """That of its matrix products."""
+    work: Path
+    """Folder for what shall survive a kill."""
+    vocabulary: int | None = None
+    """Tokens of the student's output head; None if as many as the teacher's."""
+
+
 class Teacher(Plugin, ABC):
     """Turns a checkpoint into what the student imitates."""
 
@@ -40,23 +55,12 @@ class Teacher(Plugin, ABC):
     which the student's vocabulary lacks; the rest is scaled up to 1."""
 
     @abstractmethod
-    def targets(
-        self,
-        directory: Path,
-        blocks: "NDArray[np.int64]",
-        *,
-        precision: Precision,
-        work: Path,
-        vocabulary: int | None = None,
-    ) -> "Targets":
-        """Make ready what training on ``blocks`` ``[count, L]`` asks for.
+    def targets(self, directory: Path, demand: Demand) -> "Targets":
+        """Make ready what training asks for.
 
         Args:
             directory: the teacher's checkpoint.
-            blocks: all token blocks that training reads.
-            precision: that of the training's matrix products.
-            work: folder for what shall survive a kill.
-            vocabulary: tokens of the student's output head; None if as many as the teacher's.
+            demand: what training reads and wants.
 
         Returns:
             A frozen model whose ``logits`` ``[B, L, V]`` come from a linear head, several of them,

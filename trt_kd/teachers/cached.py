@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, PositiveInt
 from typing_extensions import Self
 
-from trt_kd.teachers.base import Precision, Teacher
+from trt_kd.teachers.base import Demand, Teacher
 from trt_kd.teachers.online import OnlineTeacher
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from trt_kd.losses.base import KDLoss
     from trt_kd.teachers.cache import Cache
 
@@ -29,15 +26,7 @@ class CachedTeacher(Teacher):
     """Folder shared between runs; without one, the run's own, removed in the end. A cache proves
     by fingerprints whose it is, so the folder is no part of a run's identity or manifest."""
 
-    def targets(
-        self,
-        directory: Path,
-        blocks: "NDArray[np.int64]",
-        *,
-        precision: Precision,
-        work: Path,
-        vocabulary: int | None = None,
-    ) -> "Cache":
+    def targets(self, directory: Path, demand: Demand) -> "Cache":
         """See the base class; the checkpoint is loaded only if the cache lacks a block.
 
         Raises:
@@ -47,15 +36,13 @@ class CachedTeacher(Teacher):
         from trt_kd.teachers.identity import identity_of
         from trt_kd.teachers.writing import write_cache
 
-        identity = identity_of(directory, precision=precision)
-        if vocabulary is not None and vocabulary < identity.vocabulary:
-            identity = identity.model_copy(update={"vocabulary": vocabulary})
+        identity = identity_of(directory, precision=demand.precision)
+        if demand.vocabulary is not None and demand.vocabulary < identity.vocabulary:
+            identity = identity.model_copy(update={"vocabulary": demand.vocabulary})
         online = OnlineTeacher(max_dropped_mass=self.max_dropped_mass)
-        load = partial(
-            online.targets, directory, blocks, precision=precision, work=work, vocabulary=vocabulary
-        )
-        directory_of_cache = self.cache or work / "logits"
-        return write_cache(directory_of_cache, load, blocks, k=self.k, identity=identity)
+        load = partial(online.targets, directory, demand)
+        folder = self.cache or demand.work / "logits"
+        return write_cache(folder, load, demand.blocks, k=self.k, identity=identity)
 
     def problem(self, loss: "KDLoss") -> str | None:
         """See the base class."""

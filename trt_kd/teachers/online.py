@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trt_kd.checkpoints import load_model
-from trt_kd.teachers.base import CHECKED_BLOCKS, Precision, Teacher
+from trt_kd.teachers.base import CHECKED_BLOCKS, Demand, Precision, Teacher
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
 
@@ -21,22 +19,14 @@ class OnlineTeacher(Teacher):
     kind: Literal["online"] = "online"
     """Name in the registry."""
 
-    def targets(
-        self,
-        directory: Path,
-        blocks: "NDArray[np.int64]",
-        *,
-        precision: Precision,
-        work: Path,
-        vocabulary: int | None = None,
-    ) -> "PreTrainedModel":
+    def targets(self, directory: Path, demand: Demand) -> "PreTrainedModel":
         """See the base class; the blocks are seen as training comes to them."""
         from trt_kd.teachers.forward import check_dropped_mass
 
-        model = self.load(directory, precision=precision)
-        if vocabulary is not None:
-            first = blocks[:CHECKED_BLOCKS]
-            check_dropped_mass(model, first, vocabulary, precision, limit=self.max_dropped_mass)
+        model = self.load(directory, precision=demand.precision)
+        if demand.vocabulary is not None:
+            first, limit = demand.blocks[:CHECKED_BLOCKS], self.max_dropped_mass
+            check_dropped_mass(model, first, demand.vocabulary, demand.precision, limit=limit)
         return model
 
     def load(self, directory: Path, *, precision: Precision) -> "PreTrainedModel":

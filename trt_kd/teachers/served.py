@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from typing_extensions import Self
 
 from trt_kd.errors import ConfigError
-from trt_kd.teachers.base import Precision, Teacher
+from trt_kd.teachers.base import Demand, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,15 +71,7 @@ class ServedTeacher(Teacher):
             raise ValueError("has no effect: a token that the student lacks is refused")
         return limit
 
-    def targets(
-        self,
-        directory: Path,
-        blocks: "NDArray[np.int64]",
-        *,
-        precision: Precision,
-        work: Path,
-        vocabulary: int | None = None,
-    ) -> "Cache":
+    def targets(self, directory: Path, demand: Demand) -> "Cache":
         """See the base class; ``directory`` is read for its tokenizer and vocabulary only.
 
         Raises:
@@ -94,7 +86,7 @@ class ServedTeacher(Teacher):
         from trt_kd.teachers.writing import fill_cache
 
         endpoint = self.endpoint()
-        size = vocabulary or read_shape(directory).vocab
+        size = demand.vocabulary or read_shape(directory).vocab
         identity = Identity(
             teacher=hashlib.sha256(f"served {self.model}".encode()).hexdigest(),
             tokenizer=sha256_of(directory / "tokenizer.json"),
@@ -102,9 +94,9 @@ class ServedTeacher(Teacher):
             precision="served",
         )
         return fill_cache(
-            self.cache or work / "logits",
+            self.cache or demand.work / "logits",
             lambda: self._asking(endpoint, directory, size),
-            blocks,
+            demand.blocks,
             contents=Contents(k=self.k, identity=identity),
             batch_size=4 * self.parallel,
         )

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, model_validator
 from typing_extensions import Self
 
-from trt_kd.teachers.base import Precision, Teacher
+from trt_kd.teachers.base import Demand, Teacher
 from trt_kd.teachers.online import OnlineTeacher
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from trt_kd.teachers.mixing import Mixture
 
 Combine = Literal["probabilities", "logits", "best"]
@@ -60,23 +57,12 @@ class SeveralTeachers(Teacher):
         """See the base class."""
         return [Path(other) for other in self.others]
 
-    def targets(
-        self,
-        directory: Path,
-        blocks: "NDArray[np.int64]",
-        *,
-        precision: Precision,
-        work: Path,
-        vocabulary: int | None = None,
-    ) -> "Mixture":
+    def targets(self, directory: Path, demand: Demand) -> "Mixture":
         """See the base class; every teacher is held in memory."""
         from trt_kd.teachers.mixing import Mixture
 
         online = OnlineTeacher(max_dropped_mass=self.max_dropped_mass)
-        models = [
-            online.targets(place, blocks, precision=precision, work=work, vocabulary=vocabulary)
-            for place in (directory, *self.further())
-        ]
+        models = [online.targets(place, demand) for place in (directory, *self.further())]
         return Mixture(models, self.shares, self.combine)
 
     def rehearsal(self) -> Self:

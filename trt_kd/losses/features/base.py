@@ -5,12 +5,14 @@ sequence, M remembered rows, D width; student and teacher may differ in D.
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from trt_kd.config import Plugin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    Pair: TypeAlias = tuple[Tensor, Tensor]
 
 Reading = Literal["states", "queries", "keys", "values"]
 """Outputs of a layer, or what its attention is given: heads side by side, rotated if they are."""
@@ -50,7 +52,6 @@ class FeatureLoss(Plugin, ABC):
             )
         return None
 
-    @abstractmethod
     def __call__(
         self,
         student_BLD: "Tensor",
@@ -72,6 +73,13 @@ class FeatureLoss(Plugin, ABC):
         Raises:
             ValueError: if shapes do not fit.
         """
+        if problem := self.problem(student_BLD.shape[-1], teacher_BLD.shape[-1]):
+            raise ValueError(problem)
+        return self.total((student_BLD, teacher_BLD), mask_BL, memory_MD)
+
+    @abstractmethod
+    def total(self, pair_BLD: "Pair", mask_BL: "Tensor", memory_MD: "Tensor | None") -> "Tensor":
+        """The sum over features of student and teacher whose widths are fit to be compared."""
 
 
 class TokenLoss(FeatureLoss):
@@ -83,19 +91,11 @@ class TokenLoss(FeatureLoss):
     def tokens(self, student_TD: "Tensor", teacher_TD: "Tensor") -> "Tensor":
         """Loss of every token, ``[T]``, from features in at least float32."""
 
-    def __call__(
-        self,
-        student_BLD: "Tensor",
-        teacher_BLD: "Tensor",
-        mask_BL: "Tensor",
-        memory_MD: "Tensor | None" = None,
-    ) -> "Tensor":
+    def total(self, pair_BLD: "Pair", mask_BL: "Tensor", memory_MD: "Tensor | None") -> "Tensor":
         """See the base class."""
         from trt_kd.losses.features.maths import valid_rows
 
-        if problem := self.problem(student_BLD.shape[-1], teacher_BLD.shape[-1]):
-            raise ValueError(problem)
-        return self.tokens(*valid_rows(student_BLD, teacher_BLD, mask_BL)).sum()
+        return self.tokens(*valid_rows(*pair_BLD, mask_BL)).sum()
 
 
 class SequenceLoss(FeatureLoss):
@@ -108,19 +108,11 @@ class SequenceLoss(FeatureLoss):
     def sequence(self, student_ND: "Tensor", teacher_ND: "Tensor") -> "Tensor":
         """Loss per token of one sequence, ``[]``, from features in at least float32."""
 
-    def __call__(
-        self,
-        student_BLD: "Tensor",
-        teacher_BLD: "Tensor",
-        mask_BL: "Tensor",
-        memory_MD: "Tensor | None" = None,
-    ) -> "Tensor":
+    def total(self, pair_BLD: "Pair", mask_BL: "Tensor", memory_MD: "Tensor | None") -> "Tensor":
         """See the base class."""
         from trt_kd.losses.features.maths import valid_sequences
 
-        if problem := self.problem(student_BLD.shape[-1], teacher_BLD.shape[-1]):
-            raise ValueError(problem)
-        pairs, total = valid_sequences(student_BLD, teacher_BLD, mask_BL, self.least)
+        pairs, total = valid_sequences(*pair_BLD, mask_BL, self.least)
         for student_ND, teacher_ND in pairs:
             total = total + len(student_ND) * self.sequence(student_ND, teacher_ND)
         return total

@@ -14,6 +14,8 @@ from trt_kd.losses.features.base import FeatureLoss
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trt_kd.losses.features.base import Pair
+
 
 class ContrastiveRepresentation(FeatureLoss):
     r"""Tells the teacher's feature of the same token from M remembered ones of other tokens.
@@ -39,19 +41,11 @@ class ContrastiveRepresentation(FeatureLoss):
         """See the base class."""
         return self.memory
 
-    def __call__(
-        self,
-        student_BLD: "Tensor",
-        teacher_BLD: "Tensor",
-        mask_BL: "Tensor",
-        memory_MD: "Tensor | None" = None,
-    ) -> "Tensor":
+    def total(self, pair_BLD: "Pair", mask_BL: "Tensor", memory_MD: "Tensor | None") -> "Tensor":
         """See the base class."""
         from trt_kd.losses.features.maths import contrastive, valid_rows
 
-        if problem := self.problem(student_BLD.shape[-1], teacher_BLD.shape[-1]):
-            raise ValueError(problem)
-        student_TD, teacher_TD = valid_rows(student_BLD, teacher_BLD, mask_BL)
+        student_TD, teacher_TD = valid_rows(*pair_BLD, mask_BL)
         if memory_MD is None or not len(memory_MD):
             return student_TD[:0].sum()
         return contrastive(student_TD, teacher_TD, memory_MD, self.temperature)
