@@ -79,16 +79,20 @@ class Handler(BaseHTTPRequestHandler):
             server.at_work += 1
             server.most_at_work = max(server.most_at_work, server.at_work)
         try:
-            time.sleep(server.delay_s)
-            if state != 200:
-                self.answer(state, {"error": {"message": f"told to say {state}"}})
-            elif body["model"] != server.name:
-                self.answer(404, {"message": f"The model `{body['model']}` does not exist."})
-            else:
-                self.answer(200, {"choices": [server.change(server.choice(body))]})
+            state, content = self.found(state, body)
         finally:
-            with server.lock:
+            with server.lock:  # before the answer leaves: the next request may be here at once
                 server.at_work -= 1
+        self.answer(state, content)
+
+    def found(self, state, body):
+        server = self.server
+        time.sleep(server.delay_s)
+        if state != 200:
+            return state, {"error": {"message": f"told to say {state}"}}
+        if body["model"] != server.name:
+            return 404, {"message": f"The model `{body['model']}` does not exist."}
+        return 200, {"choices": [server.change(server.choice(body))]}
 
     def answer(self, state, content):
         payload = json.dumps(content).encode()
