@@ -34,6 +34,7 @@ FAMILIES = (
     "training",
     "quantization",
     "exporters",
+    "latency",
     "backends",
     "evaluation",
     "reporting",
@@ -47,6 +48,7 @@ SHARED_FAMILIES = {"data", "backends"}
 ALLOWED_BETWEEN_FAMILIES = {
     ("doctor", "exporters"): "lists every registered lane; reads the table only",
     ("exporters", "quantization"): "an export of a quantized model starts by restoring it",
+    ("pruning", "latency"): "a budget may limit predicted time",
     ("reporting", "training"): "draws the layer pairs that training judged",
     ("reporting", "pruning"): "predicts memory with the budget's closed forms",
     ("teachers", "losses"): "a cached teacher gives the rows that top-k losses read",

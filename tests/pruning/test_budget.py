@@ -180,7 +180,7 @@ def test_nothing_to_prune_is_a_two_line_error():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({}, "give at least one of params, active_params and memory_mb"),
+        ({}, "give at least one of params, active_params, memory_mb and latency"),
         ({"params": 1.0}, "a share lies between 0 and 1"),
         ({"params": 1.5}, "a count is a whole number above 1"),
         ({"params": 0}, "a share lies between 0 and 1"),

@@ -47,6 +47,7 @@ RECIPE_COMMANDS: list[Callable[..., None]] = [
 ]
 STAGE_COMMANDS: list[Callable[..., None]] = [
     single.score,
+    single.latency_table,
     single.prune,
     single.search,
     single.generate,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trt_kd.pruning.budget import Budget
     from trt_kd.pruning.candidates import Candidate, SearchSpace
     from trt_kd.pruning.catalogue import Target
+    from trt_kd.stages.confirming import Corner
 
 _SHOWN = 20
 
@@ -32,16 +33,19 @@ def print_candidates(
         print_json(candidates_json(candidates, shape, budget, target))
         return
     print(f"{shape.parameters:,} parameters before; {_limits(shape, budget)}; for {target}\n")
-    print(table(candidate_rows(candidates[:limit], shape)))
+    print(table(candidate_rows(candidates[:limit], shape, budget)))
     hidden = len(candidates) - limit
     if hidden > 0:
         print(f"\nand {hidden:,} more; --json prints all")
 
 
-def dry_run(config: "SearchSpace", directory: Path, *, as_json: bool = False) -> None:
+def dry_run(
+    config: "SearchSpace", directory: Path, *, table: Path | None = None, as_json: bool = False
+) -> None:
     """Print what ``config`` could make of the model in ``directory``, from its config.json alone.
 
-    Axes without a size are tried at every legal one, together.
+    Axes without a size are tried at every legal one, together. With a latency table ``table`` the
+    corners come first, the unpruned model in every lane before the best that is pruned.
 
     Raises:
         TrtKdError: if nothing is legal or fits, or an axis is not the model's.
@@ -50,23 +54,69 @@ def dry_run(config: "SearchSpace", directory: Path, *, as_json: bool = False) ->
     from trt_kd.pruning.candidates import possible
 
     shape = read_shape(directory)
+    if table is not None:
+        _dry_run_in_time(config, shape, table, as_json=as_json)
+        return
     found = possible(config.axes, shape, config.budget, config.target)
     budget = config.budget.deployed(config.target)
     print_candidates(found, shape, budget, config.target, as_json=as_json)
 
 
-def candidate_rows(candidates: "Sequence[Candidate]", shape: "ModelShape") -> list[list[str]]:
+def _dry_run_in_time(
+    config: "SearchSpace", shape: "ModelShape", place: Path, *, as_json: bool
+) -> None:
+    from trt_kd.errors import ConfigError
+    from trt_kd.latency.table import read_table
+    from trt_kd.pruning.candidates import possible
+    from trt_kd.pruning.latency_limit import stopwatch
+    from trt_kd.stages.confirming import corners
+
+    timed, limit = read_table(place), config.budget.latency
+    if timed.shape != shape:
+        raise ConfigError(
+            f"the latency table in {place} is of another model",
+            hint="make one of this model with trt-kd latency-table",
+        )
+    found = corners(config.budget, timed, config.axes, config.target)
+    lane = next((one.lane for one in found if one.fits and one.name != "unpruned"), None)
+    if not as_json:
+        print(table(corner_rows(found)) + "\n")
+    if limit is None or lane is None:
+        return
+    budget = config.budget.timed_by(stopwatch(limit, timed, lane)).deployed(config.target)
+    candidates = possible(config.axes, shape, budget, config.target)
+    print_candidates(candidates, shape, budget, config.target, as_json=as_json)
+
+
+def corner_rows(found: "Sequence[Corner]") -> list[list[str]]:
+    """Rows of the table of corners, the heading first."""
+    from trt_kd.pruning.budget import amount
+
+    names = list(found[0].costs)
+    rows = [["lane", "sizes", *names, "fits"]]
+    for one in found:
+        told = [amount(name, one.costs[name]) for name in names]
+        rows.append([one.lane, one.name, *told, "yes" if one.fits else "no"])
+    return rows
+
+
+def candidate_rows(
+    candidates: "Sequence[Candidate]", shape: "ModelShape", budget: "Budget | None" = None
+) -> list[list[str]]:
     """Rows of the table, the heading first: sizes, parameters, share, memory, legality."""
     from trt_kd.pruning.budget import MB
 
     names = list(dict.fromkeys(name for one in candidates for name in one.changed))
     active = ["active"] if shape.experts else []
-    rows = [[*names, "parameters", *active, "share", "memory MB", "legal"]]
+    watch = budget.stopwatch if budget is not None else None
+    times = list(watch.limits()) if watch else []
+    rows = [[*names, "parameters", *active, "share", "memory MB", *times, "legal"]]
     for one in candidates:
         sizes = [str(getattr(one.shape, name)) for name in names]
         counts = [f"{one.parameters:,}"] + ([f"{one.active_parameters:,}"] if active else [])
         memory = f"{one.memory_bytes / MB:,.1f}"
-        rows.append([*sizes, *counts, f"{one.share:.1%}", memory, legality(one)])
+        ms = [f"{watch.values(one.shape)[name]:,.2f}" for name in times] if watch else []
+        rows.append([*sizes, *counts, f"{one.share:.1%}", memory, *ms, legality(one)])
     return rows
 
 
@@ -98,6 +148,7 @@ def candidates_json(
                 "active_parameters": one.active_parameters,
                 "share": one.share,
                 "memory_bytes": one.memory_bytes,
+                "costs": {name: float(cost) for name, cost in budget.values(one.shape).items()},
                 "violations": [
                     {
                         "size": found.size,

@@ -49,10 +49,34 @@ def score(
     _run("score", settings, config, out, as_json, {"source": source})
 
 
-def prune(
+def latency_table(
     settings: Settings = None,
     *,
     source: Source,
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time sizes on the runtime. Example: trt-kd latency-table --source t --out l SETTINGS.
+
+    SETTINGS: 'axes=[ffn, depth]' 'lanes={int4: ort-genai}' 'batch_sizes=[1, 4]'
+    Then give it as --latency to trt-kd prune or search, with budget.latency.
+    """
+    _run("latency", settings, config, out, as_json, {"source": source})
+
+
+def prune(
+    settings: Settings = None,
+    *,
+    given: Annotated[
+        list[Path],
+        typer.Option(
+            "--source",
+            "--latency",
+            help="Artifact to start from; what trt-kd latency-table wrote of it.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder of the new artifact.")] = None,
     config: Config = None,
     dry_run: Annotated[
@@ -64,25 +88,36 @@ def prune(
 
     What fits: trt-kd prune --dry-run --source DIR 'axes=[ffn, depth]' budget.params=80%
     The best of it: trt-kd score, then trt-kd search with the same settings.
+    As fast as it has to be: --latency TABLE 'budget.latency={itl_ms: 70%, batch: 4}'
     """
+    inputs = _by_kind(given)
     if dry_run:
         from trt_kd.cli.candidates import dry_run as list_candidates
         from trt_kd.pruning.candidates import SearchSpace
 
         if out is not None:
             raise ConfigError("--dry-run writes nothing", hint="leave out --out")
-        list_candidates(_validated(SearchSpace, settings, config, "prune"), source, as_json=as_json)
+        space = _validated(SearchSpace, settings, config, "prune")
+        list_candidates(space, inputs["source"], table=inputs.get("latency"), as_json=as_json)
         return
     if out is None:
         raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
-    _run("prune", settings, config, out, as_json, {"source": source})
+    _run("prune", settings, config, out, as_json, inputs)
 
 
 def search(
     settings: Settings = None,
     *,
-    source: Source,
-    scores: Annotated[Path, typer.Option(help="What trt-kd score wrote.", show_default=False)],
+    given: Annotated[
+        list[Path],
+        typer.Option(
+            "--source",
+            "--scores",
+            "--latency",
+            help="Artifact to start from; what trt-kd score and latency-table wrote of it.",
+            show_default=False,
+        ),
+    ],
     out: Out,
     config: Config = None,
     as_json: JsonOption = False,
@@ -90,8 +125,9 @@ def search(
     """Prune to the best sizes. Example: trt-kd search --source t --scores sc --out p SETTINGS.
 
     Settings are those of prune, axes without a size: 'axes=[ffn, heads, depth]' budget.params=80%
+    By time: --latency TABLE 'budget.latency={itl_ms: 70%, batch: 4}'
     """
-    _run("prune", settings, config, out, as_json, {"source": source, "scores": scores})
+    _run("prune", settings, config, out, as_json, _by_kind(given))
 
 
 def generate(
@@ -186,6 +222,25 @@ def report(
 ) -> None:
     """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
     _run("report", settings, config, out, as_json, _roles(inputs))
+
+
+def _by_kind(folders: list[Path]) -> dict[str, Path]:
+    """Roles of a pruning's inputs: scores and latency table by what they say, else the source."""
+    from trt_kd.artifacts import Artifact
+
+    roles: dict[str, Path] = {}
+    for folder in folders:
+        told = (folder / "trt_kd.json").is_file()
+        kind = Artifact.open(folder).manifest.kind if told else "checkpoint"
+        role = kind if kind in ("scores", "latency") else "source"
+        if role in roles:
+            raise ConfigError(
+                f"{roles[role]} and {folder} are both the {role}", hint="give one of them"
+            )
+        roles[role] = folder
+    if "source" not in roles:
+        raise ConfigError("which model?", hint="give its folder as --source")
+    return roles
 
 
 def _roles(inputs: list[str]) -> dict[str, Path]:

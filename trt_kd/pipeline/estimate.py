@@ -110,6 +110,13 @@ def _score(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     return seconds, float(config.memory_bytes(teacher)), 8.0 * teacher.layers * teacher.ffn
 
 
+def _latency(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
+    models = len(config.lanes) * (config.probes + -(-config.probes // config.together))
+    runs, _, _ = _benchmark(config, teacher, teacher)
+    made_s = 3 * START_S + forward_s(teacher, config.data.block_tokens)
+    return models * (made_s + runs / 4), 8.0 * config.together * teacher.parameters, 2e9
+
+
 def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     seconds = config.rounds * _cut_s(config, teacher, config.calibration_tokens)
     disk = 2.0 * model.parameters
@@ -177,6 +184,7 @@ def _report(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 _COSTS: dict[str, Callable[[Any, ModelShape, ModelShape], Cost]] = {
     "import": _import,
     "score": _score,
+    "latency": _latency,
     "prune": _prune,
     "distill": _distill,
     "quantize": _quantize,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from trt_kd.config import StageConfig
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
+from trt_kd.pruning.search import open_axes
 from trt_kd.stages.export import ExportConfig
 from trt_kd.stages.prune import PruneConfig
 from trt_kd.stages.report import ReportConfig
@@ -53,23 +54,26 @@ def _training(recipe: Recipe) -> Iterator[Step]:
         source = "corrected"
     for number, cut in enumerate(recipe.assistants, start=1):
         name = f"assistant-{number}"
-        yield from _cut(cut, source, name=f"{name}-pruned", scores=f"{name}-scores")
+        yield from _cut(recipe, cut, source, prefix=f"{name}-")
         yield Step(name, recipe.distill, {"teacher": source, "student": f"{name}-pruned"})
         source = name
-    yield from _cut(recipe.prune, source, name="pruned", scores="scores")
+    yield from _cut(recipe, recipe.prune, source)
     teacher = {"teacher": source} if recipe.distill.teacher.needs_checkpoint else {}
     yield Step("student", recipe.distill, {**teacher, "student": "pruned"})
     if recipe.cross_entropy_control:
         yield Step("cross_entropy", recipe.distill.cross_entropy(), {"student": "pruned"})
 
 
-def _cut(cut: PruneConfig, source: str, *, name: str, scores: str) -> Iterator[Step]:
-    """The step that cuts ``source``, with the scores that a search needs before it."""
+def _cut(recipe: Recipe, cut: PruneConfig, source: str, prefix: str = "") -> Iterator[Step]:
+    """The step that cuts ``source``, after the scores and measured times that it needs."""
     inputs = {"source": source}
     if cut.searching:
-        yield Step(scores, scoring_of(cut), dict(inputs))
-        inputs["scores"] = scores
-    yield Step(name, cut, inputs)
+        inputs["scores"] = f"{prefix}scores"
+        yield Step(inputs["scores"], scoring_of(cut), {"source": source})
+    if recipe.latency is not None and cut.is_timed:
+        inputs["latency"] = f"{prefix}latency"
+        yield Step(inputs["latency"], recipe.latency.along(open_axes(cut.axes)), {"source": source})
+    yield Step(f"{prefix}pruned", cut, inputs)
 
 
 def _exports(recipe: Recipe, role: str) -> Iterator[Step]:

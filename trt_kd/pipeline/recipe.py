@@ -24,6 +24,7 @@ from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.distill import DistillConfig
 from trt_kd.stages.evaluate import EvaluateConfig
 from trt_kd.stages.import_model import ImportConfig
+from trt_kd.stages.latency import Timing
 from trt_kd.stages.prune import PruneConfig
 from trt_kd.stages.quantize import QuantizeConfig
 
@@ -74,6 +75,8 @@ class Recipe(StrictModel):
     assistants: list[PruneConfig] = []
     """Cuts on the way, the largest first: each is distilled like the student, and the next model is
     cut from it and taught by it."""
+    latency: Timing | None = None
+    """What is timed for cuts whose budget limits time, along their open axes; null without such."""
     prune: PruneConfig
     """What to cut."""
     distill: DistillConfig
@@ -108,6 +111,18 @@ class Recipe(StrictModel):
                         f"{name} has no effect on a {self.distill.teacher.kind} teacher: leave it "
                         "out, or choose another kind of distill.teacher"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _times_are_used(self) -> Self:
+        timed = any(cut.is_timed for cut in [*self.assistants, self.prune])
+        if timed and self.latency is None:
+            raise ValueError(
+                "prune.budget.latency needs measured times: add a section latency with the lanes, "
+                "such as {lanes: {int4: ort-genai}}"
+            )
+        if self.latency is not None and not timed:
+            raise ValueError("latency has no effect: no budget limits time; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ def _stage(name: str, function: str, config: str, summary: str) -> Stage:
 STAGES: dict[str, Stage] = {
     "import": _stage("import_model", "import_model", "ImportConfig", "bring a model in"),
     "score": _stage("score", "score", "ScoreConfig", "score every part for a search"),
+    "latency": _stage("latency", "latency", "LatencyConfig", "time sizes on the runtime"),
     "prune": _stage("prune", "prune", "PruneConfig", "cut width and depth, then reconstruct"),
     "generate": _stage("generate", "generate", "GenerateConfig", "let the teacher write text"),
     "distill": _stage("distill", "distill", "DistillConfig", "recover by distillation"),

@@ -10,16 +10,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
-from trt_kd.errors import ModelError
+from trt_kd.errors import ConfigError, ModelError
 from trt_kd.pruning.catalogue import Target, WeightFormat, catalogue
+from trt_kd.pruning.latency_limit import TOKEN_MS, LatencyLimit, Stopwatch
 
 MB = 1024**2
 """Bytes of a MB, as in ModelOpt."""
+_TIMES = {"itl_ms": "ITL", "ttft_ms": "TTFT", TOKEN_MS: "per output token"}
 
 
 def _amount(value: object) -> object:
@@ -61,6 +70,9 @@ class Budget(StrictModel):
     """Format of the weights that memory counts; the target's if left out."""
     kv_format: str = "bf16"
     """Format of the key-value cache that memory counts."""
+    latency: LatencyLimit | None = None
+    """Limits on measured time; they need a latency table."""
+    _stopwatch: Stopwatch | None = PrivateAttr(default=None)
 
     @field_validator("weight_format")
     @classmethod
@@ -74,9 +86,40 @@ class Budget(StrictModel):
 
     @model_validator(mode="after")
     def _limits_something(self) -> Self:
-        if self.params is None and self.active_params is None and self.memory_mb is None:
-            raise ValueError("give at least one of params, active_params and memory_mb")
+        if self.latency is None and not self._counts():
+            raise ValueError("give at least one of params, active_params, memory_mb and latency")
         return self
+
+    def _counts(self) -> bool:
+        """Whether it limits what can be counted without a measurement."""
+        return any(each is not None for each in (self.params, self.active_params, self.memory_mb))
+
+    def countable(self, stand_in: float) -> Self:
+        """The same limits without those on time; of nothing else, a share of the parameters."""
+        if self.latency is None:
+            return self
+        update: dict[str, Any] = {"latency": None}
+        return self.model_copy(update=update if self._counts() else update | {"params": stand_in})
+
+    def timed_by(self, stopwatch: Stopwatch) -> Self:
+        """The same limits with the means to hold models against those on time."""
+        made = self.model_copy()
+        made._stopwatch = stopwatch
+        return made
+
+    @property
+    def stopwatch(self) -> Stopwatch | None:
+        """Holds models against the limits on time; None where there are none.
+
+        Raises:
+            ConfigError: if there are, and no latency table was given.
+        """
+        if self.latency is not None and self._stopwatch is None:
+            raise ConfigError(
+                "budget.latency needs measured times",
+                hint="make a table with trt-kd latency-table and give it as --latency",
+            )
+        return self._stopwatch if self.latency is not None else None
 
     def deployed(self, target: Target) -> Self:
         """The same limits with memory in the format of ``target``, unless one was given."""
@@ -94,7 +137,7 @@ class Budget(StrictModel):
                 found[name] = given * present if given < 1 else float(given)
         if self.memory_mb is not None:
             found["memory_mb"] = self.memory_mb
-        return found
+        return found | (self.stopwatch.limits() if self.stopwatch else {})
 
     def values(self, shape: ModelShape) -> dict[str, Any]:
         """What ``shape``, of numbers or arrays, costs by the name of every limit given."""
@@ -105,7 +148,7 @@ class Budget(StrictModel):
             costs["active_params"] = shape.active_parameters
         if self.memory_mb is not None:
             costs["memory_mb"] = self.bytes_of(shape) / MB
-        return costs
+        return costs | (self.stopwatch.values(shape) if self.stopwatch else {})
 
     def bytes_of(self, shape: ModelShape) -> Any:
         """Bytes of ``shape``, of numbers or arrays, with this budget's formats and workload."""
@@ -143,6 +186,8 @@ def amount(name: str, value: float) -> str:
     """A limit or a cost in words."""
     if name == "memory_mb":
         return f"{value:,.1f} MB"
+    if name in _TIMES:
+        return f"{value:,.2f} ms {_TIMES[name]}"
     return f"{value:,.0f} {'active ' if name == 'active_params' else ''}parameters"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.artifacts import RESULT, piece
+from trt_kd.artifacts import RESULT, Artifact, piece
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
@@ -23,6 +23,7 @@ from trt_kd.pruning.halving import compared, order, rank_agreement
 from trt_kd.pruning.search import Ranked, Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import read_points
 from trt_kd.pruning.sizes import settled
+from trt_kd.stages.confirming import bench_of
 from trt_kd.stages.cutting import cut_checkpoint, on_accelerator
 
 if TYPE_CHECKING:
@@ -40,12 +41,19 @@ class Trial:
     """What all candidates are made from and measured with."""
 
     config: "PruneConfig"
-    source: Path
+    origin: Artifact
     shape: ModelShape
     calibration: NDArray[np.int64]
     """Token ids ``[blocks, tokens]``."""
     scores: Path
     work: Path
+    latency: Artifact | None = None
+    """Table behind the limits on time."""
+
+    @property
+    def source(self) -> Path:
+        """Folder of the unpruned model."""
+        return self.origin.path
 
     @property
     def search(self) -> Search:
@@ -96,13 +104,19 @@ def choose(trial: Trial, out: Path) -> dict[str, Any]:
     config, search = trial.config, trial.search
     if config.budget is None:
         raise ConfigError("a search needs a budget", hint="give budget.params or budget.memory_mb")
-    candidates = possible(
-        config.axes, trial.shape, config.budget, config.target, slack=search.slack
-    )
     axes = open_axes(config.axes)
     points = read_points(trial.scores)
+    budget, bench = config.budget, None
+    if trial.latency is not None:
+        bench = bench_of(config, trial.latency, trial.origin, trial.work, points=points)
+        budget = bench.budget
+    candidates = possible(config.axes, trial.shape, budget, config.target, slack=search.slack)
     everything = ranked(candidates, points, axes, search)
-    names = {name_of(one.candidate.shape, axes): one for one in everything[: search.top_k]}
+    shortlist = everything[: search.top_k]
+    if bench is not None:
+        kept = bench.confirm([one.candidate for one in everything], search.top_k)
+        shortlist = [one for one in everything if one.candidate in kept]
+    names = {name_of(one.candidate.shape, axes): one for one in shortlist}
     measured: Divergences = {}
     metrics: dict[str, dict[str, Any]] = {}
     for name, one in names.items():
@@ -127,6 +141,7 @@ def choose(trial: Trial, out: Path) -> dict[str, Any]:
         "sensitivity": [vars(point) for point in points],
         "tournament": held,
         "winner": winner,
+        "latency": bench.record() if bench is not None else None,
     }
     return metrics[winner] | {"search": record}
 

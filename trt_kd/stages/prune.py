@@ -28,10 +28,13 @@ from trt_kd.pruning.reconstruction import SHARES, Reconstruct, fold_bytes
 from trt_kd.pruning.search import Search, open_axes
 from trt_kd.pruning.sizes import check_axes, planned_shape
 from trt_kd.stages.choosing import Trial, choose
+from trt_kd.stages.confirming import in_time
 from trt_kd.stages.cutting import BATCH, cut_checkpoint
 
 # On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
 _REHEARSAL_SHARE = 0.97
+_STAND_IN_SHARE = 0.8
+"""Parameters that a plan counts with where only time is limited."""
 
 
 class PruneConfig(StageConfig):
@@ -100,6 +103,11 @@ class PruneConfig(StageConfig):
             return None
         return self.search or Search()
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the budget limits time."""
+        return self.budget is not None and self.budget.latency is not None
+
     def outside(self) -> dict[str, str]:
         """Fingerprint of the calibration text."""
         return self.data.outside()
@@ -113,7 +121,7 @@ class PruneConfig(StageConfig):
         return self.model_copy(
             update={
                 "axes": axes,
-                "budget": Budget(params=_REHEARSAL_SHARE) if still_open else None,
+                "budget": _rehearsed(self.budget) if still_open else None,
                 "calibration_tokens": tokens,
                 "search": search,
             }
@@ -123,7 +131,7 @@ class PruneConfig(StageConfig):
         """Shape after pruning a model of ``shape``; needs no torch.
 
         What a search will choose is not known before: then it is that of the candidate that uses
-        the budget best.
+        the budget best. Limits on time have no say here; alone they count as a share of parameters.
 
         Raises:
             ConfigError: if the axes contradict each other.
@@ -132,9 +140,10 @@ class PruneConfig(StageConfig):
         architecture = architecture_of(shape.model_type)
         for axis in self.axes:
             architecture.check_axis(axis.kind, shape)
-        if self.budget is not None and self.searching:
-            return possible(self.axes, shape, self.budget, self.target)[0].shape
-        return planned_shape(self.axes, self.budget, shape, self.target)
+        budget = self.budget and self.budget.countable(_STAND_IN_SHARE)
+        if budget is not None and self.searching:
+            return possible(self.axes, shape, budget, self.target)[0].shape
+        return planned_shape(self.axes, budget, shape, self.target)
 
     def memory_bytes(self, shape: ModelShape) -> int:
         """Memory of pruning a model of ``shape``: float32 weights, the largest pass, refit."""
@@ -201,8 +210,22 @@ def _reader_bytes(shape: ModelShape) -> int:
     return 4 * rows * 4 * shape.hidden
 
 
+def _rehearsed(budget: Budget | None) -> Budget:
+    """A budget that almost everything keeps, with limits on time if there were any."""
+    limit = budget.latency if budget is not None else None
+    if limit is None:
+        return Budget(params=_REHEARSAL_SHARE)
+    easy = {"itl_ms": "1000%", "ttft_ms": None, "tokens_per_s": None, "min_speedup": 0.01}
+    return Budget(params=_REHEARSAL_SHARE, latency=limit.model_copy(update=easy))
+
+
 def prune(
-    config: PruneConfig, *, source: Artifact, out: Path, scores: Artifact | None = None
+    config: PruneConfig,
+    *,
+    source: Artifact,
+    out: Path,
+    scores: Artifact | None = None,
+    latency: Artifact | None = None,
 ) -> Artifact:
     """Turn checkpoint ``source`` into a smaller checkpoint at ``out``.
 
@@ -216,7 +239,9 @@ def prune(
     """
     shape = read_shape(source.path)
     config.planned(shape)  # refuses impossible sizes before anything is made
-    inputs = {"source": source} | ({"scores": scores} if scores is not None else {})
+    given = {"source": source, "scores": scores, "latency": latency}
+    inputs = {role: artifact for role, artifact in given.items() if artifact is not None}
+    _check_timed(config, latency)
     if config.searching and scores is None:
         names = ", ".join(axis.kind for axis in open_axes(config.axes))
         raise ConfigError(
@@ -235,16 +260,31 @@ def prune(
             seed=config.seed,
         )
         draft.metrics["calibration_fingerprint"] = fingerprint(blocks)
+        key = work_key(config, {role: artifact.key for role, artifact in inputs.items()})
         if config.searching and scores is not None:
-            work = claim_work(
-                work_directory(out), work_key(config, {r: a.key for r, a in inputs.items()})
-            )
-            trial = Trial(config, source.path, shape, blocks, scores.path, work)
+            work = claim_work(work_directory(out), key)
+            trial = Trial(config, source, shape, blocks, scores.path, work, latency)
             draft.metrics |= choose(trial, draft.path)
         else:
+            if latency is not None:
+                work = claim_work(work_directory(out), key)
+                config, draft.metrics["latency"] = in_time(config, latency, source, work)
             folder = scores.path if scores is not None else None
             draft.metrics |= cut_checkpoint(config, source.path, blocks, draft.path, scores=folder)
     return Artifact.open(out, expect="checkpoint")
+
+
+def _check_timed(config: PruneConfig, latency: Artifact | None) -> None:
+    if config.is_timed and latency is None:
+        raise ConfigError(
+            "budget.latency needs measured times",
+            hint="make a table with trt-kd latency-table and give it as --latency",
+        )
+    if latency is not None and not config.is_timed:
+        raise ConfigError(
+            "a latency table has no effect without limits on time",
+            hint="give budget.latency, such as {itl_ms: 70%, batch: 4}, or leave the table out",
+        )
 
 
 def check_scores(config: PruneConfig, scores: Artifact, source: Artifact) -> None:

@@ -1,0 +1,1 @@
+"""Latency of models that nobody built, from measurements of some that were."""

@@ -1,0 +1,168 @@
+"""The latency table: what was measured of which sizes, in the file that searches read."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveFloat, PositiveInt, ValidationError
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.config import StrictModel
+from trt_kd.errors import ArtifactError, ConfigError
+from trt_kd.latency.model import LatencyModel, Timed
+from trt_kd.latency.operators import Metric
+
+FILE = "latency.json"
+
+
+class Cell(StrictModel):
+    """One measured model at one batch size."""
+
+    batch_size: PositiveInt
+    ttft_ms: dict[str, PositiveFloat]
+    """Time to first token by percentile, ``p50``, ``p90`` and ``p99``."""
+    itl_ms: dict[str, PositiveFloat] | None
+    """Inter-token latency by percentile; null with one output token."""
+    spread: float
+    """Half range of the runs' throughput over its median."""
+
+
+class Row(StrictModel):
+    """One measured model."""
+
+    sizes: dict[str, int]
+    """Sizes that differ from the unpruned model's, by field of ``ModelShape``."""
+    cells: list[Cell]
+    """By batch size."""
+
+
+class Lane(StrictModel):
+    """Everything measured in one lane."""
+
+    lane: dict[str, Any]
+    """Settings of the exporter."""
+    backend: str
+    """The runtime that was timed."""
+    kl_nats: float
+    """What the format costs: divergence of the unpruned model's export from it, nats per token."""
+    rows: list[Row]
+    """The unpruned model, then every probe."""
+
+
+class LatencyTable(StrictModel):
+    """The file ``latency.json``."""
+
+    schema_version: Literal[1] = 1
+    hardware: dict[str, Any]
+    """Machine and versions."""
+    source: dict[str, Any]
+    """Sizes of the unpruned model, as ``ModelShape`` has them."""
+    input_tokens: PositiveInt
+    """Prompt tokens of every sequence (ISL)."""
+    output_tokens: PositiveInt
+    """Tokens decoded for every sequence (OSL)."""
+    lanes: dict[str, Lane]
+    """By the name that the recipe gives the lane."""
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The unpruned model's shape."""
+        return ModelShape(**self.source)
+
+    def model(self, lane: str, percentile: int = 50) -> LatencyModel:
+        """The latency model of a lane.
+
+        Raises:
+            ConfigError: if the table has no such lane.
+        """
+        if lane not in self.lanes:
+            raise ConfigError(
+                f"the latency table has no lane {lane!r}",
+                hint=f"available: {', '.join(self.lanes)}",
+            )
+        timed = [_timed(self.shape, row, f"p{percentile}") for row in self.lanes[lane].rows]
+        return LatencyModel(lane, timed)
+
+    def save(self, folder: Path) -> None:
+        """Write the file into ``folder``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_table(folder: Path) -> LatencyTable:
+    """Read what the latency stage wrote.
+
+    Raises:
+        ArtifactError: if it is missing or damaged.
+    """
+    path = folder / FILE
+    try:
+        return LatencyTable.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}", hint="make it with trt-kd latency-table"
+        ) from error
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in reason["loc"])
+        raise ArtifactError(
+            f"{path} is no latency table: {place}: {reason['msg']}",
+            hint="make it anew with trt-kd latency-table",
+        ) from error
+
+
+def drift_corrected(groups: Sequence[tuple[Sequence[Cell], Sequence[Row]]]) -> list[Row]:
+    """The unpruned model's row and every probe's, on one scale.
+
+    Every group of probes was timed in turns with the unpruned model: what the machine was slower
+    or faster for that model than over all groups, it was for the probes.
+
+    Args:
+        groups: the unpruned model's cells and the probes' rows, group by group.
+    """
+    base = [_middle([cells[i] for cells, _ in groups]) for i in range(len(groups[0][0]))]
+    rows = [Row(sizes={}, cells=base)]
+    for cells, probes in groups:
+        for row in probes:
+            scaled = [
+                _scaled(cell, reference, here)
+                for cell, reference, here in zip(row.cells, base, cells, strict=True)
+            ]
+            rows.append(row.model_copy(update={"cells": scaled}))
+    return rows
+
+
+def _middle(cells: Sequence[Cell]) -> Cell:
+    """Cell with the median of every number."""
+    from statistics import median
+
+    def of(metric: Metric) -> dict[str, float] | None:
+        found = [getattr(cell, metric) for cell in cells]
+        if found[0] is None:
+            return None
+        return {name: median(one[name] for one in found) for name in found[0]}
+
+    return cells[0].model_copy(update={"ttft_ms": of("ttft_ms"), "itl_ms": of("itl_ms")})
+
+
+def _scaled(cell: Cell, reference: Cell, here: Cell) -> Cell:
+    """``cell`` times what the reference is over all groups, over what it was in this one."""
+    update: dict[str, Any] = {}
+    metrics: tuple[Metric, ...] = ("ttft_ms", "itl_ms")
+    for metric in metrics:
+        values, base, now = (getattr(one, metric) for one in (cell, reference, here))
+        if values is not None:
+            factor = base["p50"] / now["p50"]
+            update[metric] = {name: value * factor for name, value in values.items()}
+    return cell.model_copy(update=update)
+
+
+def _timed(source: ModelShape, row: Row, percentile: str) -> Timed:
+    ms: dict[tuple[Metric, int], float] = {}
+    for cell in row.cells:
+        ms["ttft_ms", cell.batch_size] = cell.ttft_ms[percentile]
+        if cell.itl_ms is not None:
+            ms["itl_ms", cell.batch_size] = cell.itl_ms[percentile]
+    return Timed(source.with_sizes(**row.sizes), ms)

@@ -1,0 +1,310 @@
+"""Candidates under a limit on time: which lane they run in, and what they really take there.
+
+Predictions rank; before anything is spent on a candidate its sizes are timed on the runtime, in
+turns with the unpruned model, and those that miss the limit or gain too little are dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from trt_kd.architectures.shape import ModelShape, read_shape
+from trt_kd.artifacts import Artifact, piece
+from trt_kd.config import build_plugin
+from trt_kd.errors import ConfigError, ModelError
+from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.base import Exporter
+from trt_kd.latency.table import Cell, LatencyTable, read_table
+from trt_kd.pruning.base import Axis
+from trt_kd.pruning.budget import Budget, amount
+from trt_kd.pruning.candidates import Candidate, possible
+from trt_kd.pruning.catalogue import Target
+from trt_kd.pruning.latency_limit import LatencyLimit, absolute, costs, stopwatch
+from trt_kd.pruning.search import Search, name_of, open_axes, ranked
+from trt_kd.pruning.sensitivity import Point
+from trt_kd.pruning.sizes import settled
+from trt_kd.registry import Registry
+from trt_kd.stages.latency import LatencyConfig
+from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_export
+
+if TYPE_CHECKING:
+    from trt_kd.stages.prune import PruneConfig
+
+ROUNDS = 4
+"""Rounds of candidates that are timed before the search gives up."""
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One way to the limit: a lane, unpruned or with the best sizes that are predicted to fit."""
+
+    lane: str
+    name: str
+    """``unpruned``, or the sizes."""
+    fits: bool
+    costs: dict[str, float]
+    """By the name of every limit; of the unpruned model measured, else predicted."""
+    nats: float | None
+    """Divergence from the unpruned model that format and cut add up to; None without scores."""
+
+
+def corners(
+    budget: Budget,
+    table: LatencyTable,
+    axes: Sequence[Axis],
+    target: Target,
+    *,
+    points: Sequence[Point] = (),
+    search: Search | None = None,
+) -> list[Corner]:
+    """Every lane unpruned, then the best of every lane pruned to the limits.
+
+    Raises:
+        ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
+        ModelError: if nothing in any lane keeps the limits.
+    """
+    limit = _limit(budget)
+    shape, opened = table.shape, open_axes(axes)
+    search = search or Search()
+    plain, pruned, refused = [], [], None
+    for lane in [limit.lane] if limit.lane else list(table.lanes):
+        within = budget.timed_by(stopwatch(limit, table, lane))
+        kl_nats = table.lanes[lane].kl_nats
+        fits = within.fits(shape, shape)
+        before = within.values(shape) | stopwatch(limit, table, lane).before()
+        plain.append(Corner(lane, "unpruned", fits, before, kl_nats))
+        if fits:
+            continue
+        try:
+            found = possible(axes, shape, within, target, slack=search.slack)
+            best = found[0]
+            nats = None
+            if points:
+                first = ranked(found, points, opened, search)[0]
+                best, nats = first.candidate, first.predicted_nats + kl_nats
+        except ModelError as error:
+            refused = error
+            continue
+        predicted = {name: float(value) for name, value in within.values(best.shape).items()}
+        pruned.append(Corner(lane, name_of(best.shape, opened), True, predicted, nats))
+    if refused is not None and not any(corner.fits for corner in plain + pruned):
+        raise refused
+    return plain + pruned
+
+
+def chosen_lane(found: Sequence[Corner]) -> str:
+    """Lane of the corner that fits and strays least.
+
+    Raises:
+        ModelError: if that one is unpruned: then there is nothing to prune for.
+    """
+    fitting = [corner for corner in found if corner.fits]
+    best = min(fitting, key=lambda one: one.nats if one.nats is not None else float("inf"))
+    if best.name == "unpruned":
+        told = " and ".join(amount(name, cost) for name, cost in best.costs.items())
+        raise ModelError(
+            f"the model fits the budget unpruned in the lane {best.lane}: {told}, "
+            f"{best.nats:.3g} nats off",
+            hint=f"export it with lane {best.lane} and leave out the pruning, or name another lane "
+            "as budget.latency.lane",
+        )
+    return best.lane
+
+
+def _limit(budget: Budget) -> LatencyLimit:
+    if budget.latency is None:
+        raise ConfigError(
+            "a latency table has no effect on a budget without latency",
+            hint="give budget.latency, such as {itl_ms: 70%, batch: 4}, or leave the table out",
+        )
+    return budget.latency
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What candidates are timed with: the table's own settings, at the limit's batch size."""
+
+    budget: Budget
+    """With the means to predict."""
+    lane: Exporter
+    settings: LatencyConfig
+    source: Artifact
+    axes: Sequence[Axis]
+    work: Path
+    corners: Sequence[Corner]
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def limit(self) -> LatencyLimit:
+        """The limits on time."""
+        return _limit(self.budget)
+
+    def confirm(self, candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The first ``count`` of ``candidates`` that keep the limits when measured, in order.
+
+        Raises:
+            ModelError: if none does.
+        """
+        waiting, kept = list(candidates), list[Candidate]()
+        for number in range(ROUNDS):
+            batch = self._next(waiting, count - len(kept))
+            if not batch:
+                break
+            verdicts = self._round(number, batch)
+            kept += [one for one in batch if verdicts[self.name(one)]]
+        if not kept:
+            raise self._nothing()
+        return [one for one in candidates if one in kept]
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, predicted and measured."""
+        watch = self.budget.stopwatch
+        if watch is None:
+            return {}
+        return {
+            "lane": watch.lane,
+            "corners": [asdict(corner) for corner in self.corners],
+            "limit": self.limit.model_dump(mode="json"),
+            "limits": watch.limits(),
+            "before": watch.before(),
+            "prediction_errors": watch.errors(),
+            "tried": self.tried,
+        }
+
+    def name(self, candidate: Candidate) -> str:
+        """Its sizes."""
+        return name_of(candidate.shape, open_axes(self.axes))
+
+    def _next(self, waiting: list[Candidate], count: int) -> list[Candidate]:
+        """Take the next ones off ``waiting`` that fit by what the runtime has taught so far."""
+        batch: list[Candidate] = []
+        while waiting and len(batch) < count:
+            one = waiting.pop(0)
+            slower = self._slower()
+            predicted, limits = self.budget.values(one.shape), self.budget.limits(one.original)
+            if all(predicted[name] * slower.get(name, 1.0) <= limits[name] for name in limits):
+                batch.append(one)
+        return batch
+
+    def _slower(self) -> dict[str, float]:
+        """How many times more than predicted the candidates took, beside the unpruned model."""
+        names = self.tried[0]["measured"] if self.tried else {}
+        return {name: median(one["over_predicted"][name] for one in self.tried) for name in names}
+
+    def _round(self, number: int, batch: Sequence[Candidate]) -> dict[str, bool]:
+        shapes = {self.name(one): one.shape for one in batch}
+
+        def make(folder: Path) -> dict[str, Any]:
+            exported = untested_export(self.lane, self.source, folder.with_name("exported-source"))
+            stand = Stand(self.lane, self.source, exported, self.axes)
+            return cells_json(stand.time(shapes, self._benchmark(number), folder))
+
+        label = "-".join([str(number), *sorted(shapes)])
+        found = piece(self.work / "timed" / label, make)
+        cells = {name: rows[0] for name, rows in cells_of(found).items()}
+        for name, shape in shapes.items():
+            self.tried.append(self._judged(name, shape, cells))
+        return {row["name"]: row["verdict"] == "kept" for row in self.tried}
+
+    def _benchmark(self, number: int) -> Any:
+        made = self.settings.benchmark(1000 + number)
+        return made.model_copy(update={"batch_sizes": (self.limit.batch,)})
+
+    def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
+        """What a candidate took, held against the unpruned model of the same run."""
+        watch = self.budget.stopwatch
+        if watch is None:
+            raise ConfigError("nothing limits time", hint="give budget.latency")
+        measured, before = (self._costs(cells[one]) for one in (name, SOURCE))
+        limits = absolute(self.limit, before)
+        predicted, expected = watch.values(shape), watch.before()
+        speedup = {cost: before[cost] / measured[cost] for cost in measured}
+        verdict = "kept"
+        if any(measured[cost] > limits[cost] for cost in measured):
+            verdict = "over the limit"
+        elif min(speedup.values()) < self.limit.min_speedup:
+            verdict = f"less than {self.limit.min_speedup:g} times faster"
+        return {
+            "name": name,
+            "predicted": {cost: float(value) for cost, value in predicted.items()},
+            "measured": measured,
+            "before": before,
+            "limits": limits,
+            "speedup": speedup,
+            "over_predicted": {
+                cost: (measured[cost] / before[cost]) / (float(predicted[cost]) / expected[cost])
+                for cost in measured
+            },
+            "verdict": verdict,
+        }
+
+    def _costs(self, cell: Cell) -> dict[str, float]:
+        percentile = f"p{self.limit.percentile}"
+        ms: dict[Any, float] = {"ttft_ms": cell.ttft_ms[percentile]}
+        if cell.itl_ms is not None:
+            ms["itl_ms"] = cell.itl_ms[percentile]
+        return costs(self.limit, ms, self.settings.output_tokens)
+
+    def _nothing(self) -> ModelError:
+        told = "; ".join(f"{row['name']} is {row['verdict']}" for row in self.tried) or "none fits"
+        return ModelError(
+            f"no candidate keeps the limits on the runtime: {told}",
+            hint="raise the limit, open another axis, or let the search cut more of one",
+        )
+
+
+def bench_of(
+    config: "PruneConfig",
+    latency: Artifact,
+    source: Artifact,
+    work: Path,
+    *,
+    points: Sequence[Point] = (),
+) -> Bench:
+    """Make ready to time candidates, in the lane that the corners speak for.
+
+    Raises:
+        ConfigError: if the table is of another model, or several lanes are open without scores.
+        ModelError: if nothing keeps the limits, or the unpruned model does.
+    """
+    if latency.manifest.inputs.get("source") != source.key:
+        raise ConfigError(
+            f"the latency table in {latency.path} is of another model than {source.path}",
+            hint="make one of this model with trt-kd latency-table",
+        )
+    budget, table = config.budget, read_table(latency.path)
+    if budget is None:
+        raise ConfigError("nothing limits time", hint="give budget.latency")
+    if not points and _limit(budget).lane is None and len(table.lanes) > 1:
+        raise ConfigError(
+            f"the latency table has {len(table.lanes)} lanes: {', '.join(table.lanes)}",
+            hint="name one as budget.latency.lane; only a search over several axes can choose",
+        )
+    search = config.searching
+    found = corners(budget, table, config.axes, config.target, points=points, search=search)
+    lane = chosen_lane(found)
+    registry: Registry[Any] = EXPORTERS
+    exporter: Any = build_plugin(registry, table.lanes[lane].lane)
+    return Bench(
+        budget=budget.timed_by(stopwatch(_limit(budget), table, lane)),
+        lane=exporter,
+        settings=LatencyConfig.model_validate(latency.manifest.config),
+        source=source,
+        axes=config.axes,
+        work=work,
+        corners=found,
+    )
+
+
+def in_time(
+    config: "PruneConfig", latency: Artifact, source: Artifact, work: Path
+) -> tuple["PruneConfig", dict[str, Any]]:
+    """``config`` with its one open axis at the largest size that is fast enough when measured."""
+    bench = bench_of(config, latency, source, work)
+    shape = read_shape(source.path)
+    fitting = possible(config.axes, shape, bench.budget, config.target, slack=1.0)
+    kept = bench.confirm(fitting, 1)[0].shape
+    update = {"axes": settled(config.axes, kept), "budget": None}
+    return config.model_copy(update=update), bench.record()
