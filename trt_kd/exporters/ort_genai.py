@@ -30,7 +30,14 @@ log = logging.getLogger(__name__)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose export by the builder is checked here."""
 
-Algorithm = Literal["k_quant_mixed", "k_quant", "rtn", "default"]
+Algorithm = Literal["k_quant_mixed", "k_quant", "rtn_mixed", "rtn", "default"]
+_MIXED = ("k_quant_mixed", "rtn_mixed")
+_ROUNDED = [
+    "rtn",
+    "is_symmetric=false",
+    "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8",
+]
+"""Rounds to nearest in the layout of ``k_quant_mixed``: zero points, the same layers in 8 bits."""
 _FILES = ("model.onnx", "model.onnx.data", "genai_config.json")
 _POSITIONS = (1, 7, 63)
 _BUILDER = Path(__file__).with_name("genai_builder.py").resolve()
@@ -49,7 +56,7 @@ class OrtGenai(Exporter):
     precision: Literal["fp32", "int8", "int4"] = "int4"
     """How matrix weights are stored; activations stay in float32."""
     int4_algorithm: Algorithm = "k_quant_mixed"
-    """How 4-bit weights are chosen; ``k_quant_mixed`` keeps the sensitive ones in 8 bits."""
+    """How 4-bit weights are chosen; the mixed ones keep the sensitive weights in 8 bits."""
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> Self:
@@ -103,7 +110,8 @@ class OrtGenai(Exporter):
 
     def rehearsal(self) -> Self:
         """Round to nearest: the search for better 4-bit weights takes half of an export."""
-        return self.model_copy(update={"int4_algorithm": "rtn"} if self.precision == "int4" else {})
+        mixed = self.precision == "int4" and self.int4_algorithm == "k_quant_mixed"
+        return self.model_copy(update={"int4_algorithm": "rtn_mixed"} if mixed else {})
 
     def kl_limit_nats(self, source: Artifact) -> float:
         """See the base class."""
@@ -114,7 +122,8 @@ class OrtGenai(Exporter):
         places = ["-i", str(source), "-o", str(out), "-c", str(scratch / "cache")]
         options = ["hf_token=false"]
         if self.precision == "int4":
-            options.append(f"algo_config={self.int4_algorithm}")
+            given = _ROUNDED if self.int4_algorithm == "rtn_mixed" else [self.int4_algorithm]
+            options += [f"algo_config={given[0]}", *given[1:]]
         return [*builder, *places, "-p", self.precision, "-e", "cpu", "--extra_options", *options]
 
     def _shares(self, out: Path) -> dict[int, float]:
@@ -134,7 +143,7 @@ class OrtGenai(Exporter):
             "int8": low >= 0.5 and 4 not in shares,
             "int4": low >= 0.5 and shares.get(4, 0.0) > 0,
         }[self.precision]
-        mixed = self.precision == "int4" and self.int4_algorithm == "k_quant_mixed"
+        mixed = self.precision == "int4" and self.int4_algorithm in _MIXED
         if good and not (mixed and 8 not in shares):
             return []
         asked = f"int4 by {self.int4_algorithm}" if self.precision == "int4" else self.precision

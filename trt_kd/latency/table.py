@@ -113,7 +113,9 @@ def read_table(folder: Path) -> LatencyTable:
         ) from error
 
 
-def drift_corrected(groups: Sequence[tuple[Sequence[Cell], Sequence[Row]]]) -> list[Row]:
+def drift_corrected(
+    groups: Sequence[tuple[Sequence[Cell], Sequence[Row]]], base: Sequence[Cell] | None = None
+) -> list[Row]:
     """The unpruned model's row and every probe's, on one scale.
 
     Every group of probes was timed in turns with the unpruned model: what the machine was slower
@@ -121,9 +123,11 @@ def drift_corrected(groups: Sequence[tuple[Sequence[Cell], Sequence[Row]]]) -> l
 
     Args:
         groups: the unpruned model's cells and the probes' rows, group by group.
+        base: the unpruned model's cells on the scale wanted; left out, their medians.
     """
-    base = [_middle([cells[i] for cells, _ in groups]) for i in range(len(groups[0][0]))]
-    rows = [Row(sizes={}, cells=base)]
+    if base is None:
+        base = [_middle([cells[i] for cells, _ in groups]) for i in range(len(groups[0][0]))]
+    rows = [Row(sizes={}, cells=list(base))]
     for cells, probes in groups:
         for row in probes:
             scaled = [
