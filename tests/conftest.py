@@ -1,5 +1,6 @@
 """Tiny real models and text, made here: no test downloads anything."""
 
+import ast
 import gc
 import json
 import os
@@ -111,6 +112,66 @@ def _run_script(arguments, stdout, stderr):
         stdout.flush()
         stderr.flush()
         os._exit(code)
+
+
+ROOT = Path(__file__).parents[1]
+VERSIONED = ("transformers", "modelopt")
+
+
+def imported_by(file: Path, *, everywhere: bool = False) -> set[str]:
+    """Modules that a file imports, at its top or everywhere."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names | {name.partition(".")[0] for name in names}
+
+
+@pytest.fixture(scope="session")
+def imports():
+    return imported_by
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def on_transformers():
+    """transformers, ModelOpt, and all modules of ours that cannot be imported without them."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (ROOT / "trt_kd").rglob("*.py")
+    }
+    needs = {name: imported_by(file) for name, file in files.items()}
+    found = set(VERSIONED)
+    while more := {name for name in needs if needs[name] & found} - found:
+        found |= more
+    return found
+
+
+@pytest.fixture(scope="session")
+def one_version():
+    """What is tested under one version of transformers only."""
+    lines = (ROOT / "tests" / "without_transformers.txt").read_text(encoding="utf-8").split()
+    return [ROOT / line for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def out_of_reach(request, one_version, on_transformers):
+    """Nothing of transformers where another version is said to change nothing."""
+    if not {request.path, request.path.parent} & {*one_version}:
+        yield
+        return
+    assert not {"make_model", "teacher"} & {*request.fixturenames}, "made with transformers"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in on_transformers:
+            patch.setitem(sys.modules, name, None)
+        yield
 
 
 @pytest.fixture(scope="session")
