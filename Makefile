@@ -8,13 +8,16 @@ CONSTRAINTS4 := containers/constraints-transformers4.txt
 TEACHER := containers/teacher-requirements.txt
 # Tiny models: one thread in each of two processes is faster than two threads in one.
 PYTEST := env OMP_NUM_THREADS=1 PYTHONPATH=.
-PYTEST_ARGUMENTS := -n 2 --dist loadfile
+# Files of long tests come first, see tests/conftest.py; both processes then end together.
+PYTEST_ARGUMENTS := -n 2 --dist loadfile --no-loadscope-reorder
+# What no version of transformers can change (tests/test_one_version.py) is tested under one.
+ONE_VERSION := $(addprefix --ignore=,$(shell cat tests/without_transformers.txt))
 
 .PHONY: quickstart test lint test-transformers5 test-transformers4 rehearse clean help
 
 help:
 	@echo "make quickstart  compress SmolLM2-135M on this machine's CPU and write a report"
-	@echo "make test        lint, types and all tests, under transformers 5 and 4.57"
+	@echo "make test        lint, types and all tests, under transformers 5 and (what it can change) 4.57"
 	@echo "make rehearse    run the quickstart on a two-layer twin, in about two minutes"
 	@echo "make clean       remove environments; runs stay"
 
@@ -56,7 +59,7 @@ test-transformers5: $(VENV)/.dev
 	$(PYTEST) $(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
 test-transformers4: $(VENV4)/.dev
-	$(PYTEST) $(VENV4)/bin/python -m pytest $(PYTEST_ARGUMENTS)
+	$(PYTEST) $(VENV4)/bin/python -m pytest $(PYTEST_ARGUMENTS) $(ONE_VERSION)
 
 test: lint test-transformers5 test-transformers4
 

@@ -1,17 +1,31 @@
 """Tiny real models and text, made here: no test downloads anything."""
 
+import ast
+import gc
 import json
 import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork may lack the threads of its parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import save_model
 from trt_kd.config import StageConfig
+
+gc.disable()  # while libraries are imported; a collection walks through all that there is
 
 SENTENCES = [
     "The capital of France is Paris, and the river Seine runs through it.",
@@ -23,6 +37,147 @@ SENTENCES = [
     "Return a new list that contains the items of the iterable in reversed order.",
     "Threads share memory, processes do not; queues carry messages between both.",
 ]
+
+
+FIRST = ("pipeline", "benchmarks", "exporters", "stages", "training", "backends", "pruning")
+"""Folders whose files take longest; two processes then end at nearly the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; the order is otherwise as it was."""
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.parent.name, len(place)))
+
+
+def pytest_collection_finish():
+    """Leave out of collections what was imported: each would walk through two million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def run_forked(command, *, cwd=None, env=None, check=False, timeout=300.0, **_):
+    """Do what ``subprocess.run`` does with a Python script or ``-c``, in a fork of this process.
+
+    Libraries are loaded already, which takes a new process ten seconds. Both outputs are kept.
+    """
+    executable, *arguments = map(str, command)
+    assert executable == sys.executable
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads, which the fork does not use
+            child = os.fork()
+        if child == 0:
+            os.chdir(cwd or ".")
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
+            _run_script(arguments, stdout, stderr)
+        end, done = time.monotonic() + timeout, 0
+        while not done and time.monotonic() < end:
+            time.sleep(0.01)
+            done, state = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise subprocess.TimeoutExpired(command, timeout)
+        told = [file.seek(0) or file.read() for file in (stdout, stderr)]
+    finished = subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(state), *told)
+    if check:
+        finished.check_returncode()
+    return finished
+
+
+def _run_script(arguments, stdout, stderr):
+    """The whole life of a fork, which must not go on in the code of its parent."""
+    code = 1
+    try:
+        for number, file in ((1, stdout), (2, stderr)):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = stdout, stderr
+        warnings.simplefilter("ignore")
+        if arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            exec(arguments[1], {"__name__": "__main__"})
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    finally:
+        if code == 1:
+            traceback.print_exc(file=stderr)
+        stdout.flush()
+        stderr.flush()
+        os._exit(code)
+
+
+ROOT = Path(__file__).parents[1]
+VERSIONED = ("transformers", "modelopt")
+
+
+def imported_by(file: Path, *, everywhere: bool = False) -> set[str]:
+    """Modules that a file imports, at its top or everywhere."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names | {name.partition(".")[0] for name in names}
+
+
+@pytest.fixture(scope="session")
+def imports():
+    return imported_by
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def on_transformers():
+    """transformers, ModelOpt, and all modules of ours that cannot be imported without them."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (ROOT / "trt_kd").rglob("*.py")
+    }
+    needs = {name: imported_by(file) for name, file in files.items()}
+    found = set(VERSIONED)
+    while more := {name for name in needs if needs[name] & found} - found:
+        found |= more
+    return found
+
+
+@pytest.fixture(scope="session")
+def one_version():
+    """What is tested under one version of transformers only."""
+    lines = (ROOT / "tests" / "without_transformers.txt").read_text(encoding="utf-8").split()
+    return [ROOT / line for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def out_of_reach(request, one_version, on_transformers):
+    """Nothing of transformers where another version is said to change nothing."""
+    if not {request.path, request.path.parent} & {*one_version}:
+        yield
+        return
+    assert not {"make_model", "teacher"} & {*request.fixturenames}, "made with transformers"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in on_transformers:
+            patch.setitem(sys.modules, name, None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Stands for the module ``subprocess`` where a script of Python would load everything anew."""
+    return SimpleNamespace(**vars(subprocess) | {"run": run_forked})
 
 
 class MadeConfig(StageConfig):

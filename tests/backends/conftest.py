@@ -18,12 +18,14 @@ FIXTURES = {
 
 
 @pytest.fixture(scope="session")
-def ort_export(teacher, tmp_path_factory) -> Path:
+def ort_export(teacher, forks, tmp_path_factory) -> Path:
     """The tiny teacher as an fp32 export of ONNX Runtime GenAI's own builder."""
     pytest.importorskip("onnxruntime_genai")
     out = tmp_path_factory.mktemp("exports") / "ort"
     out.mkdir()
-    OrtGenai(precision="fp32").export(teacher, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trt_kd.exporters.ort_genai.subprocess", forks)
+        OrtGenai(precision="fp32").export(teacher, out)
     return out
 
 

@@ -75,7 +75,8 @@ def test_a_folder_without_a_model_is_two_lines_and_code_2(script, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_the_whole_script_runs(script, capfd):
+def test_the_whole_script_runs(script, forks, monkeypatch, capfd):
+    monkeypatch.setattr(script, "subprocess", forks)
     assert script.main([*TINY, "--repeats", "2"]) == 0
     record = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert record["memory_ratio"] > 0.5

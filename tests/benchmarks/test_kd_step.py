@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -226,9 +225,9 @@ def test_what_cannot_be_measured_is_refused(script, wrong, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_script_runs_with_processes_of_its_own():
-    command = [sys.executable, str(FOLDER / "kd_step.py"), *TINY, "--variants", "online"]
-    done = subprocess.run([*command, "modelopt"], check=True, stdout=subprocess.PIPE, text=True)
-    record = json.loads(done.stdout.splitlines()[-1])
+def test_the_whole_script_runs_with_processes_of_its_own(script, forks, monkeypatch, capsys):
+    monkeypatch.setattr(script, "subprocess", forks)
+    assert script.main([*TINY, "--variants", "online", "modelopt"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(record["ratios"]) == {"online", "memory_ratio"}
     assert all(one["peak_bytes_above_models"] > 0 for one in record["results"])

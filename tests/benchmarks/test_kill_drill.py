@@ -1,7 +1,6 @@
 """A distillation that is killed again and again ends like one that is not."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,20 +34,14 @@ def student(tmp_path, make_model, tokenizer_dir):
 
 
 @pytest.fixture
-def drill(student, teacher, text_file):
+def drill(student, teacher, text_file, forks):
     """Run the drill on tiny models; its record."""
 
     def run(kills, *options):
         roles = ["--student", str(student.path), "--teacher", str(teacher.path)]
         size = ["--block-tokens", "32", "--precision", "fp32", "--steps", "8"]
         command = [sys.executable, str(SCRIPT), *roles, *size, "--text", str(text_file)]
-        done = subprocess.run(
-            [*command, "--kills", str(kills), *options],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=SCRIPT.parents[1],
-        )
+        done = forks.run([*command, "--kills", str(kills), *options], cwd=SCRIPT.parents[1])
         assert done.returncode == 0, done.stdout + done.stderr
         *before, last = done.stdout.splitlines()
         table = [line for line in before if line.startswith("|")]

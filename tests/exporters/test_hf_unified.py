@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,13 +36,25 @@ def made(request, quantized, tmp_path_factory):
     return request.param, source, out
 
 
-@pytest.fixture
-def fp8(quantized, tmp_path):
-    """An FP8 export to spoil, with its source."""
-    source, out = quantized("fp8"), tmp_path / "fp8"
-    out.mkdir()
+@pytest.fixture(scope="session")
+def good(quantized, blocks, reference, tmp_path_factory):
+    """An FP8 export without fault."""
+    source, out = quantized("fp8"), tmp_path_factory.mktemp("good")
     LANE.export(source, out)
-    return source, out
+    verify(LANE, source, out, blocks, reference)
+    return out
+
+
+@pytest.fixture
+def fp8(quantized, good, tmp_path):
+    """An FP8 export to spoil, with its source."""
+    return quantized("fp8"), Path(shutil.copytree(good, tmp_path / "fp8"))
+
+
+@pytest.fixture(scope="session")
+def reference(quantized, blocks):
+    """Logits of the source of the FP8 export."""
+    return source_logits(quantized("fp8"), blocks)
 
 
 def test_an_export_has_nothing_against_it(made):
@@ -179,10 +192,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fp8, blocks, fault):
+def test_a_planted_fault_is_seen(fp8, blocks, reference, fault):
     source, out = fp8
-    reference = source_logits(source, blocks)
-    verify(LANE, source, out, blocks, reference)
     FAULTS[fault](out)
     with pytest.raises(VerificationError):
         verify(LANE, source, out, blocks, reference)

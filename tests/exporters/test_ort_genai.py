@@ -18,8 +18,11 @@ LIMITS = {"fp32": 1e-9, "int8": 0.05, "int4": 0.5}
 
 
 @pytest.fixture(scope="session")
-def exported(teacher, tmp_path_factory):
-    """Exports of the tiny teacher by precision, each made when first asked for."""
+def exported(teacher, forks, tmp_path_factory):
+    """Exports of the tiny teacher by precision, each made when first asked for.
+
+    The builder has a process of its own for one of them, and forks for the others.
+    """
     pytest.importorskip("onnxruntime_genai")
     made: dict[str, tuple[OrtGenai, dict, Path]] = {}
 
@@ -28,7 +31,10 @@ def exported(teacher, tmp_path_factory):
             out = tmp_path_factory.mktemp("ort") / precision
             out.mkdir()
             lane = OrtGenai(precision=precision)
-            made[precision] = lane, lane.export(teacher, out), out
+            with pytest.MonkeyPatch.context() as patch:
+                if precision != "fp32":
+                    patch.setattr("trt_kd.exporters.ort_genai.subprocess", forks)
+                made[precision] = lane, lane.export(teacher, out), out
         return made[precision]
 
     return make

@@ -71,10 +71,10 @@ def test_zero_at_agreement_in_float32_within_its_rounding(loss, batch):
         assert value.item() > 0.01
 
 
-@pytest.mark.parametrize("seed", range(2, 7))
-def test_positive_at_disagreement(case, seed, whole):
-    value, _ = case.value_and_gradient(*whole(seed))
-    assert value.item() > 0.1
+def test_positive_at_disagreement(case, whole):
+    for seed in range(2, 7):
+        value, _ = case.value_and_gradient(*whole(seed))
+        assert value.item() > 0.1, seed
 
 
 def test_a_small_step_against_the_gradient_lowers_the_loss(case, whole):
@@ -125,7 +125,7 @@ def test_nothing_valid_gives_zero_loss_and_zero_gradient(loss, batch):
     assert gradient.abs().sum() == 0.0
 
 
-@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 5, 1]])
+@pytest.mark.parametrize("sizes", [[3, 4], [1, 5, 1]])
 def test_adds_up_over_chunks(loss, batch, sizes):
     pieces = list(zip(*(x.split(sizes) for x in batch), strict=True))
     torch.testing.assert_close(sum(loss(*piece) for piece in pieces), loss(*batch))
@@ -197,16 +197,16 @@ def with_weights_of(loss, student, teacher, mask, labels):
     return function
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_sum_is_float32_and_the_gradient_as_the_logits(loss, dtype, whole):
+def test_the_sum_is_float32_and_the_gradient_as_the_logits(loss, whole):
     student, teacher, mask, labels = whole(dtype=torch.float32)
     exact = loss(student, teacher, mask, labels)
-    rounded = (student.to(dtype), teacher.to(dtype), mask, labels)
-    value, gradient = loss.value_and_gradient(*rounded)
-    for found in (loss(*rounded), value):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, exact, rtol=0.05, atol=0.0)
-    assert gradient.dtype == dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounded = (student.to(dtype), teacher.to(dtype), mask, labels)
+        value, gradient = loss.value_and_gradient(*rounded)
+        for found in (loss(*rounded), value):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, exact, rtol=0.05, atol=0.0)
+        assert gradient.dtype == dtype
 
 
 def test_other_vocabularies_are_refused(loss, batch):
@@ -239,14 +239,14 @@ def test_value_and_gradient_are_those_of_autograd(case, batch, dtype, logits):
     torch.testing.assert_close(gradient, student.grad)
 
 
-@pytest.mark.parametrize("gap", [0.0, 60.0, 3000.0])
-def test_sure_students_and_sure_teachers_give_finite_numbers(case, gap, whole):
-    student, teacher, mask, labels = whole(dtype=torch.float32)
-    for rows, token in ((student, 0), (teacher, 1)):
-        rows[:, token] += gap
-        rows[-1, labels[-1]] += gap
-    for value in case.value_and_gradient(student, teacher, mask, labels):
-        assert bool(value.isfinite().all())
+def test_sure_students_and_sure_teachers_give_finite_numbers(case, whole):
+    for gap in (0.0, 60.0, 3000.0):
+        student, teacher, mask, labels = whole(dtype=torch.float32)
+        for rows, token in ((student, 0), (teacher, 1)):
+            rows[:, token] += gap
+            rows[-1, labels[-1]] += gap
+        for value in case.value_and_gradient(student, teacher, mask, labels):
+            assert bool(value.isfinite().all()), gap
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,6 @@ from trt_kd.reporting.page import page
 from trt_kd.reporting.search import search_of
 from trt_kd.reporting.search_figure import search_figures
 from trt_kd.reporting.tables import plain
-from trt_kd.stages.prune import PruneConfig, prune
-from trt_kd.stages.report import ReportConfig, make_report
-from trt_kd.stages.score import score, scoring_of
 
 SIZES = {"ffn1024-depth30": (1024, 30), "ffn1152-depth28": (1152, 28),
          "ffn1280-depth27": (1280, 27), "ffn1216-depth27": (1216, 27)}  # fmt: skip
@@ -322,32 +319,3 @@ def test_cuts_that_cost_nothing_have_no_place_on_a_logarithmic_scale():
     assert "Cuts that cost nothing are not drawn." in search_figures(search)[0].text
     nothing = found({**record_of(), "sensitivity": []})
     assert [drawing.title for drawing in search_figures(nothing)] == ["Predicted against measured"]
-
-
-def test_the_record_of_a_real_search_is_read_whole(teacher, text_file, tmp_path):
-    config = PruneConfig.model_validate({
-        "axes": [{"kind": "ffn", "multiple_of": 8}, "depth"],
-        "budget": {"params": 0.85},
-        "calibration_tokens": 128,
-        "search": {
-            "top_k": 2, "max_width_pruning": 0.6, "max_depth_pruning": 0.5, "check_tokens": 64,
-            "tournament": {"contestants": 2, "steps": 1, "batch_size": 1, "top_k": 16},
-        },
-        "data": {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32},
-    })  # fmt: skip
-    small = scoring_of(config).model_copy(
-        update={"cut_tokens": 64, "check_tokens": 64, "points": 1}
-    )
-    scores = score(small, source=teacher, out=tmp_path / "scores")
-    pruned = prune(config, source=teacher, scores=scores, out=tmp_path / "pruned")
-    report = make_report(ReportConfig(), {"teacher.model": teacher, "pruned.model": pruned})
-    search = report.search
-    assert search.missing == []
-    assert search.winner == pruned.metrics["search"]["winner"]
-    assert len(search.measured) == 2
-    assert len(search.tournament.rounds) == 1
-    assert {point.kind for point in search.sensitivity} == {"ffn", "depth"}
-    assert len(search_figures(search)) == 2
-    assert len(search_tables.paragraphs(search)) == 2
-    for text in (page(report), report_markdown(report)):
-        assert "How the sizes were chosen" in text

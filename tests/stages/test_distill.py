@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from importlib import import_module
 from operator import attrgetter
@@ -341,12 +340,12 @@ distill(DistillConfig.model_validate_json(config), **roles, out=Path(out))
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_resumed_to_the_same_end(whole, settings, student, teacher, tmp_path):
+def test_a_killed_process_is_resumed_to_the_same_end(
+    whole, settings, student, teacher, forks, tmp_path
+):
     config, out = settings(task_weight=0.5), tmp_path / "out"
     arguments = [config.model_dump_json(), str(student.path), str(teacher.path), str(out)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False
-    )
+    done = forks.run([sys.executable, "-c", KILLED, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr
     checkpoints = work_directory(out) / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-4"]

@@ -13,8 +13,13 @@ from trt_kd.checkpoints import load_model
 from trt_kd.errors import ConfigError, ModelError, TrtKdError
 from trt_kd.pruning.scores import Scores
 from trt_kd.pruning.sensitivity import read_points
+from trt_kd.reporting import search_tables
+from trt_kd.reporting.markdown import report_markdown
+from trt_kd.reporting.page import page
+from trt_kd.reporting.search_figure import search_figures
 from trt_kd.stages import choosing, cutting
 from trt_kd.stages.prune import PruneConfig, prune
+from trt_kd.stages.report import ReportConfig, make_report
 from trt_kd.stages.score import ScoreConfig, score, scoring_of
 
 
@@ -123,11 +128,18 @@ def test_a_kill_costs_one_candidate(found, config, teacher, scores, tmp_path, mo
     assert resumed.metrics["search"] == found.metrics["search"]
 
 
-def test_a_tournament_trains_the_best_and_says_how_sure_it_is(settings, teacher, scores, tmp_path):
+@pytest.fixture(scope="module")
+def contested(settings, teacher, scores, tmp_path_factory):
+    """What a search with a tournament found."""
     tournament = {"contestants": 3, "steps": 2, "batch_size": 2, "top_k": 16}
     search = settings["search"] | {"tournament": tournament}
     config = PruneConfig.model_validate(settings | {"search": search})
-    made = prune(config, source=teacher, scores=scores, out=tmp_path / "pruned")
+    out = tmp_path_factory.mktemp("contested") / "pruned"
+    return prune(config, source=teacher, scores=scores, out=out)
+
+
+def test_a_tournament_trains_the_best_and_says_how_sure_it_is(contested):
+    made = contested
     record = made.metrics["search"]
     held = record["tournament"]
     assert [len(entry["divergence_nats"]) for entry in held["rounds"]] == [3, 2]
@@ -140,6 +152,21 @@ def test_a_tournament_trains_the_best_and_says_how_sure_it_is(settings, teacher,
     untrained = made.path / "model.safetensors"
     assert untrained.is_file()
     assert not work_directory(made.path).exists()
+
+
+def test_the_record_of_a_search_is_read_whole_by_the_report(contested, teacher):
+    roles = {"teacher.model": teacher, "pruned.model": contested}
+    report = make_report(ReportConfig(), roles)
+    search = report.search
+    assert search.missing == []
+    assert search.winner == contested.metrics["search"]["winner"]
+    assert len(search.measured) == 3
+    assert len(search.tournament.rounds) == 2
+    assert {point.kind for point in search.sensitivity} == {"ffn", "heads", "depth"}
+    assert len(search_figures(search)) == 2
+    assert len(search_tables.paragraphs(search)) == 2
+    for text in (page(report), report_markdown(report)):
+        assert "How the sizes were chosen" in text
 
 
 def test_a_search_without_scores_says_how_to_make_them(config, teacher, tmp_path):

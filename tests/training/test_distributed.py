@@ -7,7 +7,6 @@ what they found lies in a file for each. The first of them also does what one pr
 import json
 import os
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -172,7 +171,7 @@ def all_jobs(settings, student, folder):
 
 
 @pytest.fixture(scope="module")
-def pair(settings, student, teacher, tmp_path_factory):
+def pair(settings, student, teacher, forks, tmp_path_factory):
     """All jobs of both processes: where they wrote and what each of them found."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "taken").mkdir()
@@ -182,13 +181,9 @@ def pair(settings, student, teacher, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-c", WORKER, *arguments],
         env=os.environ | meeting | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
