@@ -8,7 +8,7 @@ import pytest
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.config import StageConfig, validate
 from trt_kd.errors import ArtifactError, ConfigError, DataError, ModelError
-from trt_kd.stages.benchmark import BenchmarkConfig, benchmark, turns
+from trt_kd.stages.benchmark import BenchmarkConfig, benchmark
 
 FAKE = '''
 """A backend that sleeps; rows of 3 do not fit in its memory, a marked prompt kills it."""
@@ -51,6 +51,8 @@ class SleeperSession(Session):
         if len(prompts) == 3:
             raise MemoryError("no room for 3")
         time.sleep(10 * self.step_s)
+        if len(prompts) == 4 and self.step_s == 0.002:
+            raise RuntimeError("broke off at 4")
         for _ in range(new_tokens):
             time.sleep(self.step_s)
             yield
@@ -99,21 +101,6 @@ def settings(text_file):
 
 def read(artifact):
     return json.loads((artifact.path / "benchmark.json").read_text())
-
-
-def test_variants_take_turns_in_abba_order():
-    config = BenchmarkConfig(batch_sizes=(2,), warmup=1, repeats=3)
-    order = list(turns(config, ["a", "b"]))
-    assert [turn.variant for turn in order] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [turn.repeat for turn in order] == [-1, -1, 0, 0, 1, 1, 2, 2]
-
-
-def test_no_two_rounds_share_a_row_and_all_variants_of_a_round_do():
-    config = BenchmarkConfig(batch_sizes=(1, 4, 8), warmup=1, repeats=2)
-    rows = {}
-    for turn in turns(config, ["a", "b", "c"]):
-        rows.setdefault(turn.variant, []).extend(range(turn.rows.start, turn.rows.stop))
-    assert rows["a"] == rows["b"] == rows["c"] == list(range(3 * 13))
 
 
 def test_records_hold_what_the_sessions_did(sleeper, settings, tmp_path):
@@ -201,6 +188,41 @@ def test_a_variant_whose_process_dies_is_named_and_nothing_is_left(sleeper, sett
         benchmark(settings(), out=tmp_path / "b", good=sleeper(0.001), bad=sleeper(-1.0))
     assert len(str(caught.value).splitlines()) == 2
     assert not list(tmp_path.glob("b*"))
+
+
+def test_a_workload_that_fails_loses_nothing_of_the_others(sleeper, settings, tmp_path):
+    config = settings(batch_sizes=[1, 4, 2])
+    made = benchmark(config, out=tmp_path / "b", good=sleeper(0.001), weak=sleeper(0.002))
+    one, four, two = read(made)["variants"]["weak"]
+    assert "broke off at 4" in four["error"]
+    assert one["repeats"] == two["repeats"] == 3
+    assert [item["repeats"] for item in read(made)["variants"]["good"]] == [3, 3, 3]
+
+
+def test_records_say_what_their_numbers_mean_and_how_the_machine_was(sleeper, settings, tmp_path):
+    result = read(benchmark(settings(), out=tmp_path / "b", only=sleeper(0.001)))
+    record = result["variants"]["only"][0]
+    assert {"ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"} == set(record["intervals"])
+    assert set(record["intervals"]) < set(result["definitions"])
+    for name, shares in record["intervals"].items():
+        assert all(low <= record[name][p] <= high for p, (low, high) in shares.items())
+    assert result["conditions"]["affinity"] is None or result["conditions"]["affinity"]
+    assert record["tpot_ms"]["p50"] >= 1.0
+    assert record["requests_per_s"] == pytest.approx(record["output_tokens_per_s"] / 4)
+
+
+def test_warm_up_goes_on_until_three_runs_agree(sleeper, settings, tmp_path):
+    loose = settings(batch_sizes=[1], warmup=9, warmup_tolerance=5.0)
+    (record,) = read(benchmark(loose, out=tmp_path / "a", only=sleeper(0.002)))["variants"]["only"]
+    assert (record["warmup_rounds"], record["warm"]) == (3, True)
+    strict = settings(batch_sizes=[1], warmup=4, warmup_tolerance=1e-9)
+    (record,) = read(benchmark(strict, out=tmp_path / "b", only=sleeper(0.003)))["variants"]["only"]
+    assert (record["warmup_rounds"], record["warm"]) == (4, False)
+
+
+def test_a_batch_size_stands_once(settings):
+    with pytest.raises(ConfigError, match="twice"):
+        settings(batch_sizes=[1, 2, 1])
 
 
 def test_a_rehearsal_runs_once_and_is_steady(sleeper, settings, tmp_path):
