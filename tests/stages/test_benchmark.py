@@ -265,3 +265,72 @@ def test_a_variant_that_no_backend_runs_is_an_error(settings, tmp_path):
 def test_batch_sizes_must_be_positive_and_at_least_one(settings, sizes):
     with pytest.raises(ConfigError, match="batch_sizes"):
         settings(batch_sizes=sizes)
+
+
+LOADER = '''
+"""A load generator that needs no runtime."""
+from typing import Literal
+
+from trt_kd.backends.load import TIMES, LoadGenerator, LoadRun
+from trt_kd.errors import ServerError
+
+
+class Loader(LoadGenerator):
+    """Tells the same of every run."""
+
+    kind: Literal["loader_tool:Loader"] = "loader_tool:Loader"
+    requests_per_slot: int = 1
+    requests_at_rate: int = 2
+
+    def check(self, targets, loads):
+        pass
+
+    def run(self, target, load, folder):
+        if load.workload.batch_size == 2:
+            raise ServerError("the server is gone")
+        times = {name: {"p50": 5.0, "p90": 6.0, "p99": 7.0} for name in TIMES}
+        rates = {"output_tokens_per_s": 10.0, "requests_per_s": 2.0}
+        return LoadRun(times, rates, {"of": len(load.prompts)}, goodput_requests_per_s=1.5)
+'''
+
+
+@pytest.fixture
+def loader(tmp_path, monkeypatch):
+    (tmp_path / "loader_tool.py").write_text(LOADER)
+    monkeypatch.syspath_prepend(tmp_path)
+    return {"kind": "loader_tool:Loader"}
+
+
+def test_a_load_generator_measures_instead_of_our_clock(sleeper, text_file, loader, tmp_path):
+    config = validate(
+        BenchmarkConfig,
+        {"data": {"source": {"kind": "text", "files": [str(text_file)]}}, "batch_sizes": [1, 2]}
+        | {"input_tokens": 4, "output_tokens": 4, "repeats": 2}
+        | {"load_generator": loader | {"request_rates": [3.0]}},
+        where="benchmark",
+    )
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    result = read(made)
+    one, two = result["variants"]["only"]
+    assert (one["backend"], one["format"], one["batch_size"]) == ("loader_tool:Loader", "int4", 1)
+    assert one["itl_ms"] == {"p50": 5.0, "p90": 6.0, "p99": 7.0}
+    assert (one["goodput_requests_per_s"], one["repeats"], one["steady"]) == (1.5, 2, True)
+    assert two["error"] == "the server is gone"
+    (at_rate,) = result["request_rates"]["only"]
+    assert (at_rate["request_rate"], at_rate["repeats"]) == (3.0, 2)
+    assert "batch_size" not in at_rate
+    reports = [json.loads(x) for x in (made.path / "reports.jsonl").read_text().splitlines()]
+    assert [(x["batch_size"], x["request_rate"], x["report"]["of"]) for x in reports] == [
+        (1, None, 3), (1, None, 3), (1, 3.0, 12), (1, 3.0, 12)
+    ]  # fmt: skip
+    assert not (made.path / "samples.jsonl").exists()
+
+
+def test_a_setting_without_effect_beside_a_load_generator_is_an_error(settings, loader):
+    with pytest.raises(ConfigError, match="warmup: no effect beside load_generator"):
+        settings(load_generator=loader)
+
+
+def test_an_unknown_load_generator_lists_the_choices(settings):
+    with pytest.raises(ConfigError, match="trtllm-bench, openai-server"):
+        settings(load_generator="trtllm")

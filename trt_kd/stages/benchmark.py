@@ -8,21 +8,31 @@ held-out text; variants with the same tokenizer get the same rows. Exactly ``out
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.artifacts.environment import environment
 from trt_kd.artifacts.manifest import Metric
+from trt_kd.backends import LOAD_GENERATORS
 from trt_kd.backends.base import Backend, backend_for, lane_of
 from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
+from trt_kd.backends.load import LoadGenerator, Runs, load_record, rows_needed, sweep
 from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
-from trt_kd.config import StageConfig
+from trt_kd.config import StageConfig, build_plugin
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_digest
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
@@ -30,11 +40,14 @@ from trt_kd.measuring.machine import affinity, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor_ms, measure_peaks
 from trt_kd.measuring.rounds import Rounds
+from trt_kd.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA_VERSION = 1
+Records = dict[str, list[dict[str, Any]]]
+"""One record per workload, by variant."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -64,6 +77,9 @@ class BenchmarkConfig(StageConfig):
     """Order of the documents."""
     threads: PositiveInt | None = None
     """CPU threads of every runtime; None leaves the choice to the runtime."""
+    load_generator: SerializeAsAny[LoadGenerator] | None = None
+    """Tool that measures instead of our own clock, such as ``trtllm-bench``; ``batch_sizes`` are
+    then the requests in flight at once."""
 
     @property
     def rounds(self) -> Rounds:
@@ -82,6 +98,19 @@ class BenchmarkConfig(StageConfig):
             raise ValueError("a batch size stands twice")
         return sizes
 
+    @field_validator("load_generator", mode="before")
+    @classmethod
+    def _is_registered(cls, value: object) -> object:
+        registry: Registry[Any] = LOAD_GENERATORS
+        return None if value is None else build_plugin(registry, value)
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        idle = {"warmup", "warmup_tolerance", "threads"} & self.model_fields_set
+        if self.load_generator is not None and idle:
+            raise ValueError(f"{', '.join(sorted(idle))}: no effect beside load_generator")
+        return self
+
     def outside(self) -> dict[str, str]:
         """Fingerprint of the text."""
         return self.data.outside()
@@ -90,6 +119,20 @@ class BenchmarkConfig(StageConfig):
         """One short run of the first batch size."""
         few = {"input_tokens": 16, "output_tokens": 4, "warmup": 0, "repeats": 1}
         return self.model_copy(update={"batch_sizes": self.batch_sizes[:1], **few})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a way of measuring found."""
+
+    records: Records
+    raw: Mapping[str, Sequence[dict[str, Any]]]
+    """Lines of raw samples, by file name."""
+    definitions: Mapping[str, str]
+    seconds: float
+    prompts_sha256: dict[str, str]
+    peaks: dict[str, float] | None = None
+    at_rates: Records = field(default_factory=dict)
 
 
 def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Artifact:
@@ -101,48 +144,48 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
         ConfigError: if there is no variant.
         ArtifactError: if no backend runs a variant.
         DataError: if there is too little held-out text for prompts that never repeat.
+        MissingDependencyError: if the load generator is not installed.
         TrtKdError: if a variant cannot be loaded, or fails at every workload.
     """
     if not variants:
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
-    backends = {
-        name: backend_for(artifact).model_copy(update={"threads": config.threads})
-        for name, artifact in variants.items()
-    }
+    measure = _decoded if config.load_generator is None else _loaded
     with writing(out, kind="benchmark", config=config, inputs=variants) as draft:
-        prompts = prompts_of(config, variants, config.rounds.rows)
         conditions = {"affinity": affinity(), "load_average_before": load_average()}
-        peaks = measure_peaks(config.threads)
-        records, lines, seconds = _decoded(config, variants, backends, prompts, peaks)
+        found = measure(config, variants, out)
         result = {
             "schema_version": SCHEMA_VERSION,
             "hardware": environment(),
             "conditions": conditions | {"load_average_after": load_average()},
-            "definitions": DEFINITIONS,
-            "peaks": asdict(peaks),
-            "variants": records,
+            "definitions": found.definitions,
+            "peaks": found.peaks,
+            "variants": found.records,
         }
+        if found.at_rates:
+            result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        (draft.path / "samples.jsonl").write_text(text, encoding="utf-8")
+        for name, lines in found.raw.items():
+            text = "".join(f"{json.dumps(line)}\n" for line in lines)
+            (draft.path / name).write_text(text, encoding="utf-8")
+        rows = [item for records in found.records.values() for item in records]
         draft.metrics |= {
-            "seconds": seconds,
-            "steady": all(item.get("steady", True) for rows in records.values() for item in rows),
-            "prompts_sha256": {name: fingerprint(rows) for name, rows in prompts.items()},
-            "variants": {name: _summary(rows) for name, rows in records.items()},
+            "seconds": found.seconds,
+            "steady": all(item.get("steady", True) for item in rows),
+            "prompts_sha256": found.prompts_sha256,
+            "variants": {name: _summary(records) for name, records in found.records.items()},
         }
     return Artifact.open(out, expect="benchmark")
 
 
-def prompts_of(
-    config: BenchmarkConfig, variants: Mapping[str, Artifact], rows: int
+def _prompts(
+    config: BenchmarkConfig, folders: Mapping[str, Path], rows: int
 ) -> "dict[str, np.ndarray]":
     """Token ids ``[rows, input_tokens]`` by variant; the same where tokenizers are the same."""
     data = config.data.model_copy(update={"block_tokens": config.input_tokens})
     cut: dict[str, np.ndarray] = {}
     prompts = {}
-    for name, artifact in variants.items():
-        tokenizer = load_tokenizer(artifact.path)
+    for name, folder in folders.items():
+        tokenizer = load_tokenizer(folder)
         digest = tokenizer_digest(tokenizer)
         if digest not in cut:
             cut[digest] = token_blocks(
@@ -152,16 +195,16 @@ def prompts_of(
     return prompts
 
 
-def _decoded(
-    config: BenchmarkConfig,
-    variants: Mapping[str, Artifact],
-    backends: Mapping[str, Backend],
-    prompts: "Mapping[str, np.ndarray]",
-    peaks: Peaks,
-) -> tuple[dict[str, list[dict[str, Any]]], Sequence[dict[str, Any]], float]:
-    """Records by variant, raw runs, and seconds, of variants that decode step by step."""
+def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
+    """Measure variants that decode step by step, each in a process of its own."""
+    backends = {
+        name: backend_for(artifact).model_copy(update={"threads": config.threads})
+        for name, artifact in variants.items()
+    }
     found: dict[tuple[str, Workload], Samples] = {}
     rounds, tolerance = config.rounds, config.warmup_tolerance
+    prompts = _prompts(config, {n: each.path for n, each in variants.items()}, rounds.rows)
+    peaks = measure_peaks(config.threads)
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(Worker(name, backends[name], artifact.path))
@@ -171,7 +214,7 @@ def _decoded(
             lambda: found.update(interleave(workers, prompts, rounds, tolerance=tolerance))
         )
     limits = {"spread_limit": config.spread_limit, "tolerance": tolerance}
-    records: dict[str, list[dict[str, Any]]] = {
+    records: Records = {
         name: [
             {"backend": backends[name].kind, "format": format_of(artifact)}
             | workload.model_dump()
@@ -182,7 +225,59 @@ def _decoded(
         ]
         for name, artifact in variants.items()
     }
-    return records, sample_lines(found), seconds
+    return Measured(
+        records=records,
+        raw={"samples.jsonl": sample_lines(found)},
+        definitions=DEFINITIONS,
+        seconds=seconds,
+        prompts_sha256={name: fingerprint(rows) for name, rows in prompts.items()},
+        peaks=asdict(peaks),
+    )
+
+
+def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
+    """Let a load generator measure the variants."""
+    tool = config.load_generator
+    if tool is None:
+        raise ValueError("the settings name no load generator")
+    targets = {name: artifact.path for name, artifact in variants.items()}
+    loads = tool.loads(config.rounds.workloads)
+    tool.check(targets, loads)
+    folders = {name: tool.tokenizer_folder(target) for name, target in targets.items()}
+    prompts = _prompts(config, folders, rows_needed(tool, loads, config.repeats))
+    found: dict[str, list[Runs]] = {}
+    folder = out.absolute().with_name(f"{out.name}.requests")
+    seconds = measure_call(
+        lambda: found.update(
+            sweep(tool, targets, prompts, loads, repeats=config.repeats, folder=folder)
+        )
+    )
+    records: Records = {name: [] for name in variants}
+    at_rates: Records = {name: [] for name in variants}
+    lines = []
+    for name, artifact in variants.items():
+        for load, runs in zip(loads, found[name], strict=True):
+            described = {"backend": tool.kind, "format": format_of(artifact)}
+            described |= load.workload.model_dump()
+            described |= load_record(runs, spread_limit=config.spread_limit)
+            if load.request_rate is None:
+                records[name].append(described)
+            else:
+                del described["batch_size"]
+                at_rates[name].append(described | {"request_rate": load.request_rate})
+            lines += [
+                {"variant": name, "batch_size": load.workload.batch_size}
+                | {"request_rate": load.request_rate, "repeat": repeat, "report": run.report}
+                for repeat, run in enumerate(runs.runs)
+            ]
+    return Measured(
+        records=records,
+        raw={"reports.jsonl": lines},
+        definitions=DEFINITIONS | dict(tool.definitions),
+        seconds=seconds,
+        prompts_sha256={name: fingerprint(rows) for name, rows in prompts.items()},
+        at_rates=at_rates if tool.request_rates else {},
+    )
 
 
 def format_of(artifact: Artifact) -> str:
