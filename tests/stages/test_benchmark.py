@@ -334,3 +334,33 @@ def test_a_setting_without_effect_beside_a_load_generator_is_an_error(settings, 
 def test_an_unknown_load_generator_lists_the_choices(settings):
     with pytest.raises(ConfigError, match="trtllm-bench, openai-server"):
         settings(load_generator="trtllm")
+
+
+def test_compare_prints_the_ratio_with_its_interval(sleeper, text_file, tmp_path):
+    from typer.testing import CliRunner
+
+    from trt_kd.cli.app import app
+
+    slow, fast = sleeper(0.02), sleeper(0.005)
+    few = ["batch_sizes=[1]", "input_tokens=8", "output_tokens=4", "repeats=3", "warmup=0"]
+    few.append(f"data.source={{kind: text, files: [{text_file}]}}")
+    pair = ["benchmark", "--compare", str(slow.path), str(fast.path), *few]
+    told = CliRunner().invoke(app, [*pair, "--json", "--out", str(tmp_path / "kept/b")])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    itl = next(each for each in found["ratios_b_to_a"] if each["metric"] == "itl_ms")
+    assert itl["low"] <= itl["ratio"] <= itl["high"]
+    assert itl["ratio"] < 1
+    assert itl["pairs"] == 3
+    assert set(found["benchmark"]["variants"]) == {"A", "B"}
+    assert Artifact.open(tmp_path / "kept/b").manifest.kind == "benchmark"
+    told = CliRunner().invoke(app, pair)
+    assert told.exit_code == 0, told.output
+    assert "B / A" in told.stdout
+    for arguments, message in (
+        (["benchmark", *few], "what is measured"),
+        ([*pair, "--input", "a=b"], "what is measured"),
+        (["benchmark", "--input", f"a={slow.path}", *few], "where to"),
+    ):
+        told = CliRunner().invoke(app, arguments)
+        assert (told.exit_code, message in told.stderr) == (2, True)

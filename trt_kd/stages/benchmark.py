@@ -267,7 +267,8 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
                 at_rates[name].append(described | {"request_rate": load.request_rate})
             lines += [
                 {"variant": name, "batch_size": load.workload.batch_size}
-                | {"request_rate": load.request_rate, "repeat": repeat, "report": run.report}
+                | {"request_rate": load.request_rate, "repeat": repeat}
+                | {"times": run.times, "rates": run.rates, "report": run.report}
                 for repeat, run in enumerate(runs.runs)
             ]
     return Measured(
