@@ -114,6 +114,13 @@ def test_where_the_tool_is_missing_its_files_stay(measure, tmp_path):
     assert not (tmp_path / "b.requests").exists()
 
 
+def test_an_interruption_leaves_no_file(measure, tmp_path):
+    FAILS["a", 3] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        measure("a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_record_is_the_median_of_runs_with_an_interval(measure):
     record = load_record(measure("a", repeats=3)["a"][0], spread_limit=0.1)
     assert record["ttft_ms"] == {"p50": 2.0, "p90": 2.0, "p99": 2.0}

@@ -331,6 +331,13 @@ def test_a_setting_without_effect_beside_a_load_generator_is_an_error(settings, 
         settings(load_generator=loader)
 
 
+def test_settings_with_a_load_generator_survive_their_own_dump(text_file, loader):
+    data = {"source": {"kind": "text", "files": [str(text_file)]}}
+    config = validate(BenchmarkConfig, {"data": data, "load_generator": loader}, where="benchmark")
+    for kept in (config, config.rehearsal()):
+        assert validate(BenchmarkConfig, kept.model_dump(mode="json"), where="again") == kept
+
+
 def test_an_unknown_load_generator_lists_the_choices(settings):
     with pytest.raises(ConfigError, match="trtllm-bench, openai-server"):
         settings(load_generator="trtllm")

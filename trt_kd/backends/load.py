@@ -164,6 +164,9 @@ def sweep(
                     runs.error = str(error.args[0])
                     first.setdefault(name, error)
                     logger.warning("%s was not measured: %s", name, runs.error)
+                except BaseException:
+                    shutil.rmtree(folder)
+                    raise
                 shutil.rmtree(folder)
             used += size
     for name, failure in first.items():
