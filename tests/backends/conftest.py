@@ -1,5 +1,8 @@
-"""Tiny exports for the runtimes that are installed."""
+"""Tiny exports for the runtimes that are installed; programs that stand in for tools."""
 
+import os
+import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +60,18 @@ def directory_for(request, teacher) -> Callable[[str], Path]:
         return request.getfixturevalue(made) if made else teacher.path
 
     return find
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Make a Python program the first of its name on the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name: str, code: str) -> None:
+        path = folder / name
+        path.write_text(f"#!{sys.executable}\n{code}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    return make

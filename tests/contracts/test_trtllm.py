@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trt_kd.backends.trtllm_container import IMAGE, docker_command
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.trtllm_commands import (
-    IMAGE,
     OPTIONS_FILE,
     SERVE_FILE,
     Workload,
     build_command,
     build_options,
-    docker_command,
     engine_bench_command,
     engine_serve_command,
     serve_options,

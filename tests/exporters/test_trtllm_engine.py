@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from trt_kd.artifacts import Artifact
+from trt_kd.backends.trtllm_container import IMAGE
 from trt_kd.errors import MissingDependencyError, ModelError, VerificationError
-from trt_kd.exporters.trtllm_commands import IMAGE
 from trt_kd.exporters.trtllm_engine import TrtllmEngine
 from trt_kd.stages.export import ExportConfig, export
 

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from trt_kd.measuring.statistics import (
+    autocorrelation,
+    bootstrap_interval,
     coefficient_of_variation,
     half_range,
+    is_settled,
     median,
     percentiles,
     ratio_interval,
+    t_quantile,
 )
 
 VALUES = [3.0, 1.0, 4.0, 1.5, 9.0]
@@ -95,3 +99,52 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_a_ratio_without_evidence_is_refused(baseline, candidate, confidence):
     with pytest.raises(ValueError, match=r"pairs|between 0 and 1"):
         ratio_interval(baseline, candidate, confidence=confidence)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("degrees", [1, 2, 5, 40])
+def test_student_t_is_scipys_at_every_confidence(degrees, confidence):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.t.ppf(0.5 + confidence / 2, degrees)
+    assert t_quantile(degrees, confidence=confidence) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bootstrap_of_single_samples_is_scipys_percentile_bootstrap():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(1).lognormal(size=40)
+    low, high = bootstrap_interval([[value] for value in values], 50)
+    expected = stats.bootstrap(
+        (values,), np.median, method="percentile", n_resamples=4000, random_state=2
+    ).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), rel=0.1)
+
+
+def test_the_bootstrap_draws_whole_runs():
+    runs = [[1.0] * 500, [2.0] * 500, [3.0] * 500]
+    assert bootstrap_interval(runs, 50) == (1.0, 3.0)
+    pooled = [[value] for run in runs for value in run]
+    assert bootstrap_interval(pooled[::10], 50) == (2.0, 2.0)
+
+
+def test_one_run_says_nothing_of_others():
+    assert bootstrap_interval([[1.0, 2.0, 3.0]], 50) is None
+
+
+def test_autocorrelation_sees_drift_and_alternation():
+    assert autocorrelation([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(0.4)
+    assert autocorrelation([1.0, 2.0, 1.0, 2.0, 1.0, 2.0]) < -0.5
+    assert autocorrelation([1.0, 1.0, 1.0]) is None
+    assert autocorrelation([1.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "settled"),
+    [
+        ([1.0, 1.0], False),
+        ([9.0, 1.0, 1.0, 1.019], True),
+        ([1.0, 1.0, 1.03], False),
+        ([1.0, 1.0, 1.0, 2.0], False),
+    ],
+)
+def test_warm_is_three_windows_that_agree(windows, settled):
+    assert is_settled(windows, 0.02) is settled

@@ -4,14 +4,13 @@ import random
 import pytest
 from scipy import stats
 
+from trt_kd.measuring.statistics import mean_interval, t_quantile
 from trt_kd.reporting.intervals import (
     Z,
     mcnemar,
-    mean_interval,
     paired_difference_interval,
     paired_ratio,
     ratio_of,
-    t_quantile,
     wilson_interval,
 )
 

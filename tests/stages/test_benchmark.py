@@ -8,7 +8,7 @@ import pytest
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.config import StageConfig, validate
 from trt_kd.errors import ArtifactError, ConfigError, DataError, ModelError
-from trt_kd.stages.benchmark import BenchmarkConfig, benchmark, turns
+from trt_kd.stages.benchmark import BenchmarkConfig, benchmark
 
 FAKE = '''
 """A backend that sleeps; rows of 3 do not fit in its memory, a marked prompt kills it."""
@@ -51,6 +51,8 @@ class SleeperSession(Session):
         if len(prompts) == 3:
             raise MemoryError("no room for 3")
         time.sleep(10 * self.step_s)
+        if len(prompts) == 4 and self.step_s == 0.002:
+            raise RuntimeError("broke off at 4")
         for _ in range(new_tokens):
             time.sleep(self.step_s)
             yield
@@ -99,21 +101,6 @@ def settings(text_file):
 
 def read(artifact):
     return json.loads((artifact.path / "benchmark.json").read_text())
-
-
-def test_variants_take_turns_in_abba_order():
-    config = BenchmarkConfig(batch_sizes=(2,), warmup=1, repeats=3)
-    order = list(turns(config, ["a", "b"]))
-    assert [turn.variant for turn in order] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [turn.repeat for turn in order] == [-1, -1, 0, 0, 1, 1, 2, 2]
-
-
-def test_no_two_rounds_share_a_row_and_all_variants_of_a_round_do():
-    config = BenchmarkConfig(batch_sizes=(1, 4, 8), warmup=1, repeats=2)
-    rows = {}
-    for turn in turns(config, ["a", "b", "c"]):
-        rows.setdefault(turn.variant, []).extend(range(turn.rows.start, turn.rows.stop))
-    assert rows["a"] == rows["b"] == rows["c"] == list(range(3 * 13))
 
 
 def test_records_hold_what_the_sessions_did(sleeper, settings, tmp_path):
@@ -203,6 +190,41 @@ def test_a_variant_whose_process_dies_is_named_and_nothing_is_left(sleeper, sett
     assert not list(tmp_path.glob("b*"))
 
 
+def test_a_workload_that_fails_loses_nothing_of_the_others(sleeper, settings, tmp_path):
+    config = settings(batch_sizes=[1, 4, 2])
+    made = benchmark(config, out=tmp_path / "b", good=sleeper(0.001), weak=sleeper(0.002))
+    one, four, two = read(made)["variants"]["weak"]
+    assert "broke off at 4" in four["error"]
+    assert one["repeats"] == two["repeats"] == 3
+    assert [item["repeats"] for item in read(made)["variants"]["good"]] == [3, 3, 3]
+
+
+def test_records_say_what_their_numbers_mean_and_how_the_machine_was(sleeper, settings, tmp_path):
+    result = read(benchmark(settings(), out=tmp_path / "b", only=sleeper(0.001)))
+    record = result["variants"]["only"][0]
+    assert {"ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"} == set(record["intervals"])
+    assert set(record["intervals"]) < set(result["definitions"])
+    for name, shares in record["intervals"].items():
+        assert all(low <= record[name][p] <= high for p, (low, high) in shares.items())
+    assert result["conditions"]["affinity"] is None or result["conditions"]["affinity"]
+    assert record["tpot_ms"]["p50"] >= 1.0
+    assert record["requests_per_s"] == pytest.approx(record["output_tokens_per_s"] / 4)
+
+
+def test_warm_up_goes_on_until_three_runs_agree(sleeper, settings, tmp_path):
+    loose = settings(batch_sizes=[1], warmup=9, warmup_tolerance=5.0)
+    (record,) = read(benchmark(loose, out=tmp_path / "a", only=sleeper(0.002)))["variants"]["only"]
+    assert (record["warmup_rounds"], record["warm"]) == (3, True)
+    strict = settings(batch_sizes=[1], warmup=4, warmup_tolerance=1e-9)
+    (record,) = read(benchmark(strict, out=tmp_path / "b", only=sleeper(0.003)))["variants"]["only"]
+    assert (record["warmup_rounds"], record["warm"]) == (4, False)
+
+
+def test_a_batch_size_stands_once(settings):
+    with pytest.raises(ConfigError, match="twice"):
+        settings(batch_sizes=[1, 2, 1])
+
+
 def test_a_rehearsal_runs_once_and_is_steady(sleeper, settings, tmp_path):
     config = settings(batch_sizes=[2, 4]).rehearsal()
     made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
@@ -243,3 +265,109 @@ def test_a_variant_that_no_backend_runs_is_an_error(settings, tmp_path):
 def test_batch_sizes_must_be_positive_and_at_least_one(settings, sizes):
     with pytest.raises(ConfigError, match="batch_sizes"):
         settings(batch_sizes=sizes)
+
+
+LOADER = '''
+"""A load generator that needs no runtime."""
+from typing import Literal
+
+from trt_kd.backends.load import TIMES, LoadGenerator, LoadRun
+from trt_kd.errors import ServerError
+
+
+class Loader(LoadGenerator):
+    """Tells the same of every run."""
+
+    kind: Literal["loader_tool:Loader"] = "loader_tool:Loader"
+    requests_per_slot: int = 1
+    requests_at_rate: int = 2
+
+    def check(self, targets, loads):
+        pass
+
+    def run(self, target, load, folder):
+        if load.workload.batch_size == 2:
+            raise ServerError("the server is gone")
+        times = {name: {"p50": 5.0, "p90": 6.0, "p99": 7.0} for name in TIMES}
+        rates = {"output_tokens_per_s": 10.0, "requests_per_s": 2.0}
+        return LoadRun(times, rates, {"of": len(load.prompts)}, goodput_requests_per_s=1.5)
+'''
+
+
+@pytest.fixture
+def loader(tmp_path, monkeypatch):
+    (tmp_path / "loader_tool.py").write_text(LOADER)
+    monkeypatch.syspath_prepend(tmp_path)
+    return {"kind": "loader_tool:Loader"}
+
+
+def test_a_load_generator_measures_instead_of_our_clock(sleeper, text_file, loader, tmp_path):
+    config = validate(
+        BenchmarkConfig,
+        {"data": {"source": {"kind": "text", "files": [str(text_file)]}}, "batch_sizes": [1, 2]}
+        | {"input_tokens": 4, "output_tokens": 4, "repeats": 2}
+        | {"load_generator": loader | {"request_rates": [3.0]}},
+        where="benchmark",
+    )
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    result = read(made)
+    one, two = result["variants"]["only"]
+    assert (one["backend"], one["format"], one["batch_size"]) == ("loader_tool:Loader", "int4", 1)
+    assert one["itl_ms"] == {"p50": 5.0, "p90": 6.0, "p99": 7.0}
+    assert (one["goodput_requests_per_s"], one["repeats"], one["steady"]) == (1.5, 2, True)
+    assert two["error"] == "the server is gone"
+    (at_rate,) = result["request_rates"]["only"]
+    assert (at_rate["request_rate"], at_rate["repeats"]) == (3.0, 2)
+    assert "batch_size" not in at_rate
+    reports = [json.loads(x) for x in (made.path / "reports.jsonl").read_text().splitlines()]
+    assert [(x["batch_size"], x["request_rate"], x["report"]["of"]) for x in reports] == [
+        (1, None, 3), (1, None, 3), (1, 3.0, 12), (1, 3.0, 12)
+    ]  # fmt: skip
+    assert not (made.path / "samples.jsonl").exists()
+
+
+def test_a_setting_without_effect_beside_a_load_generator_is_an_error(settings, loader):
+    with pytest.raises(ConfigError, match="warmup: no effect beside load_generator"):
+        settings(load_generator=loader)
+
+
+def test_settings_with_a_load_generator_survive_their_own_dump(text_file, loader):
+    data = {"source": {"kind": "text", "files": [str(text_file)]}}
+    config = validate(BenchmarkConfig, {"data": data, "load_generator": loader}, where="benchmark")
+    for kept in (config, config.rehearsal()):
+        assert validate(BenchmarkConfig, kept.model_dump(mode="json"), where="again") == kept
+
+
+def test_an_unknown_load_generator_lists_the_choices(settings):
+    with pytest.raises(ConfigError, match="trtllm-bench, openai-server"):
+        settings(load_generator="trtllm")
+
+
+def test_compare_prints_the_ratio_with_its_interval(sleeper, text_file, tmp_path):
+    from typer.testing import CliRunner
+
+    from trt_kd.cli.app import app
+
+    slow, fast = sleeper(0.02), sleeper(0.005)
+    few = ["batch_sizes=[1]", "input_tokens=8", "output_tokens=4", "repeats=3", "warmup=0"]
+    few.append(f"data.source={{kind: text, files: [{text_file}]}}")
+    pair = ["benchmark", "--compare", str(slow.path), str(fast.path), *few]
+    told = CliRunner().invoke(app, [*pair, "--json", "--out", str(tmp_path / "kept/b")])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    itl = next(each for each in found["ratios_b_to_a"] if each["metric"] == "itl_ms")
+    assert itl["low"] <= itl["ratio"] <= itl["high"]
+    assert itl["ratio"] < 1
+    assert itl["pairs"] == 3
+    assert set(found["benchmark"]["variants"]) == {"A", "B"}
+    assert Artifact.open(tmp_path / "kept/b").manifest.kind == "benchmark"
+    told = CliRunner().invoke(app, pair)
+    assert told.exit_code == 0, told.output
+    assert "B / A" in told.stdout
+    for arguments, message in (
+        (["benchmark", *few], "what is measured"),
+        ([*pair, "--input", "a=b"], "what is measured"),
+        (["benchmark", "--input", f"a={slow.path}", *few], "where to"),
+    ):
+        told = CliRunner().invoke(app, arguments)
+        assert (told.exit_code, message in told.stderr) == (2, True)

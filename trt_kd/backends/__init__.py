@@ -1,6 +1,7 @@
 """Backends: runtimes that load one model, give its logits and decode with it.
 
-To add one: write a module here, add one line below.
+Load generators: tools that measure a runtime by a clock of their own. To add one of either: write
+a module here, add one line below.
 """
 
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from trt_kd.registry import Registry
 
 if TYPE_CHECKING:
     from trt_kd.backends.base import Backend
+    from trt_kd.backends.load import LoadGenerator
 
 BACKENDS: Registry["type[Backend]"] = Registry(
     "backend",
@@ -18,5 +20,13 @@ BACKENDS: Registry["type[Backend]"] = Registry(
         "onnxruntime": "trt_kd.backends.onnxruntime:OnnxRuntime",
         "hf-unified": "trt_kd.exporters.hf_unified_reader:HfUnifiedReader",
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_reader:TrtllmReader",
+    },
+)
+
+LOAD_GENERATORS: Registry["type[LoadGenerator]"] = Registry(
+    "load generator",
+    {
+        "trtllm-bench": "trt_kd.backends.trtllm_bench:TrtllmBench",
+        "openai-server": "trt_kd.backends.openai_server:OpenaiServer",
     },
 )

@@ -174,5 +174,10 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {
         "error": " ".join(str(text).split()),
         "hint": error.hint if isinstance(error, TrtKdError) else None,
-        "out_of_memory": isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(text))),
+        "out_of_memory": isinstance(error, MemoryError) or out_of_memory(str(text)),
     }
+
+
+def out_of_memory(text: str) -> bool:
+    """Whether a runtime's message says that memory was short."""
+    return bool(_OUT_OF_MEMORY.search(text))

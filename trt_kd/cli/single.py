@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from trt_kd.cli.console import print_json
+from trt_kd.cli.console import print_json, table
 from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trt_kd.artifacts import Artifact
     from trt_kd.config import StrictModel
 
 M = TypeVar("M", bound="StrictModel")
@@ -201,15 +202,67 @@ def evaluate(
 
 
 def benchmark(
-    inputs: Inputs,
     settings: Settings = None,
     *,
-    out: Out,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="ROLE=FOLDER, once for each artifact.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Two artifacts: print how B compares with A."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new artifact.")] = None,
     config: Config = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time artifacts against each other. Example: trt-kd benchmark --input a=e1 --input b=e2."""
-    _run("benchmark", settings, config, out, as_json, _roles(inputs))
+    """Time artifacts in turns. Example: trt-kd benchmark --input a=e1 --input b=e2 --out b.
+
+    How much faster: trt-kd benchmark --compare e1 e2 'batch_sizes=[1, 8]' repeats=10
+    """
+    if (inputs is None) == (compare is None):
+        raise ConfigError("what is measured?", hint="give either --input or --compare A B")
+    if compare is not None:
+        _compare(compare, settings, config, out, as_json)
+        return
+    if out is None:
+        raise ConfigError("where to?", hint="give --out FOLDER")
+    _run("benchmark", settings, config, out, as_json, _roles(inputs or []))
+
+
+def _compare(
+    pair: tuple[Path, Path],
+    settings: list[str] | None,
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure both in turns and print the ratios; without ``out`` nothing else is kept."""
+    import json
+    from dataclasses import asdict
+    from tempfile import TemporaryDirectory
+
+    from trt_kd.reporting.comparison import compare
+
+    with TemporaryDirectory() as scratch:
+        target = out or Path(scratch) / "benchmark"
+        made = _made("benchmark", settings, config, target, dict(zip("AB", pair, strict=True)))
+        if made is None:
+            return
+        found = compare(made, "A", "B")
+        if as_json:
+            content = json.loads((made.path / "benchmark.json").read_text(encoding="utf-8"))
+            compared = {name: str(path) for name, path in zip("AB", pair, strict=True)}
+            ratios = [asdict(each) for each in found]
+            print_json({"compared": compared, "ratios_b_to_a": ratios, "benchmark": content})
+            return
+    rows = [["batch", "metric", "B / A", "95 % interval", "rounds", ""]]
+    for each in found:
+        known = each.ratio is not None
+        interval = f"{each.low:.3f} to {each.high:.3f}" if known else "-"
+        note = each.reason or ("" if each.steady else "not steady: no verdict")
+        ratio = f"{each.ratio:.3f}" if known else "-"
+        rows.append([str(each.batch_size), each.metric, ratio, interval, str(each.pairs), note])
+    print(table(rows))
 
 
 def report(
@@ -268,6 +321,26 @@ def _run(
     as_json: bool,
     inputs: dict[str, Path],
 ) -> None:
+    made = _made(name, settings, config, out, inputs)
+    if made is None:
+        return
+    if as_json:
+        print_json(made.manifest.model_dump(mode="json"))
+        return
+    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
+    for metric, value in made.metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"  {metric}: {value}")
+
+
+def _made(
+    name: str,
+    settings: list[str] | None,
+    config: Path | None,
+    out: Path,
+    inputs: dict[str, Path],
+) -> "Artifact | None":
+    """Run a stage; None in every process but the first."""
     from trt_kd.artifacts import Artifact
     from trt_kd.pipeline.run import locked
     from trt_kd.pipeline.stages import STAGES
@@ -285,12 +358,4 @@ def _run(
     seed_everything(getattr(validated, "seed", 0))
     with locked(out.absolute().parent) if rank == 0 else nullcontext():
         made = stage.run(validated, out=out, **artifacts)
-    if rank:
-        return
-    if as_json:
-        print_json(made.manifest.model_dump(mode="json"))
-        return
-    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
-    for metric, value in made.metrics.items():
-        if isinstance(value, int | float | str):
-            print(f"  {metric}: {value}")
+    return None if rank else made

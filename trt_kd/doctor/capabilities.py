@@ -50,6 +50,7 @@ BACKENDS = {
     "onnxruntime": Needs(("onnxruntime",)),
     "trtllm-bench": Needs((), ("trtllm-bench",), gpu=True),
     "trtllm-serve": Needs((), ("trtllm-serve",), gpu=True),
+    "openai-server": Needs((), ("aiperf",)),
 }
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "trtllm-build": "run in the TensorRT-LLM 1.2.1 container, see containers/README.md",
     "trtllm-bench": "run in a TensorRT-LLM container, see containers/README.md",
     "trtllm-serve": "run in a TensorRT-LLM container, see containers/README.md",
+    "aiperf": "pip install 'trt-kd[bench]', or AIPerf alone in an environment of its own",
     "docker": "install Docker Engine with the NVIDIA container toolkit",
     "apptainer": "ask the cluster's support for Apptainer, or install it from its packages",
     "enroot": "ask the cluster's support for enroot and the pyxis plugin of Slurm",

@@ -47,7 +47,7 @@ REQUIREMENTS: dict[str, dict[str, str]] = {
     },
     "trtllm": {"tensorrt-llm": ">=1.0"},
     "tensorrt-rtx": {"tensorrt-rtx": ">=1.7"},
-    "bench": {"aiperf": ">=0.1"},
+    "bench": {"aiperf": ">=0.13"},
 }
 """Supported range of every package, by the extra that brings it."""
 

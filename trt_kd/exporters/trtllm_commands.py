@@ -5,15 +5,12 @@ from 1.3 the line overrides the file. ``tests/contracts`` holds every line and f
 options that both versions know.
 """
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
-"""The last stable release with ``trtllm-build``; also in ``containers/images.yaml``."""
 OPTIONS_FILE = "extra_llm_api_options.yaml"
 SERVE_FILE = "serve.md"
 _DEFAULT_NUM_TOKENS = 8192
@@ -80,14 +77,6 @@ def build_command(
     folders = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(engine)]
     cache = ["--output_timing_cache", str(engine / "model.cache")]
     return [*program, *folders, *cache, *options]
-
-
-def docker_command(folder: Path, command: Sequence[str]) -> str:
-    """Line that runs ``command`` in the pinned container; ``folder`` has the same path inside."""
-    run = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host"]
-    run += ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
-    run += ["--user", f"{os.getuid()}:{os.getgid()}", "-v", f"{folder}:{folder}"]
-    return shlex.join([*run, "-w", str(folder), IMAGE, *command])
 
 
 def serving_workload(longest: int) -> Workload:

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, Kind
 from trt_kd.artifacts.manifest import Metric
+from trt_kd.backends.trtllm_container import docker_command
 from trt_kd.checkpoints import copy_tokenizer, portable_config, read_json
 from trt_kd.errors import MissingDependencyError, ModelError
 from trt_kd.exporters.base import Exporter
@@ -27,7 +28,6 @@ from trt_kd.exporters.trtllm_commands import (
     Workload,
     build_command,
     build_options,
-    docker_command,
     write_engine_serving,
 )
 from trt_kd.exporters.trtllm_layout import positions

@@ -13,6 +13,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def affinity() -> list[int] | None:
+    """Numbers of the cores this process may use; None where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def load_average() -> float | None:
     """Runnable processes averaged over the last minute; None where the system does not tell."""
     try:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trt_kd.architectures import ARCHITECTURES
-from trt_kd.backends import BACKENDS
+from trt_kd.backends import BACKENDS, LOAD_GENERATORS
 from trt_kd.data import DATA
 from trt_kd.evaluation import TASKS
 from trt_kd.exporters import EXPORTERS
@@ -25,5 +25,6 @@ FAMILIES: list[Registry[Any]] = [
     FORMATS,
     EXPORTERS,
     BACKENDS,
+    LOAD_GENERATORS,
     TASKS,
 ]

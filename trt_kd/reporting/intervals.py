@@ -1,46 +1,19 @@
 """Confidence intervals behind the gates, in plain arithmetic: no scipy on a serving machine.
 
 Sources: Wilson 1927 (one proportion); Tango 1998, Statistics in Medicine 17:891 (difference of
-paired proportions, score interval); McNemar 1947 in its exact form; Abramowitz and Stegun
-26.7.3 and 26.7.4 (Student's t for whole degrees of freedom). Tests compare with scipy.
+paired proportions, score interval); McNemar 1947 in its exact form. Student's t stands in
+``trt_kd.measuring.statistics``. Tests compare with scipy.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
-CONFIDENCE = 0.95
+from trt_kd.measuring.statistics import CONFIDENCE, root
+
 Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 Interval = tuple[float, float]
-
-
-def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t with ``degrees`` degrees of freedom."""
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least one degree of freedom, got {degrees}")
-    angle = _bisect(lambda theta: _t_central(theta, degrees) - CONFIDENCE, 0.0, math.pi / 2)
-    return math.sqrt(degrees) * math.tan(angle)
-
-
-def _t_central(theta: float, degrees: int) -> float:
-    """P(|T| < tan(theta) * sqrt(degrees)), a finite series."""
-    cos2, sin = math.cos(theta) ** 2, math.sin(theta)
-    odd = degrees % 2
-    term = math.cos(theta) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cos2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (theta + sin * total) if odd else sin * total
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """T interval of a mean; needs two values."""
-    n, mean = len(values), fmean(values)
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    half = t_quantile(n - 1) * math.sqrt(variance / n)
-    return mean - half, mean + half
 
 
 def normal_interval(value: float, stderr: float) -> Interval:
@@ -97,8 +70,8 @@ def paired_difference_interval(gained: int, lost: int, n: int) -> Interval:
         variance = n * (2 * share + delta * (1 - delta))
         return (gained - lost - n * delta) / math.sqrt(variance) if variance > 0 else 0.0
 
-    low = -1.0 if difference == -1 else _bisect(lambda d: score(d) - Z, -1.0, difference)
-    high = 1.0 if difference == 1 else _bisect(lambda d: score(d) + Z, difference, 1.0)
+    low = -1.0 if difference == -1 else root(lambda d: score(d) - Z, -1.0, difference)
+    high = 1.0 if difference == 1 else root(lambda d: score(d) + Z, difference, 1.0)
     return low, high
 
 
@@ -107,15 +80,3 @@ def mcnemar(gained: int, lost: int) -> float:
     n, fewer = gained + lost, min(gained, lost)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / (1 << n))
-
-
-def _bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    """Root of a monotone ``function`` between ``low`` and ``high``."""
-    rising = function(high) > function(low)
-    for _ in range(200):
-        middle = (low + high) / 2
-        if (function(middle) > 0) == rising:
-            high = middle
-        else:
-            low = middle
-    return (low + high) / 2

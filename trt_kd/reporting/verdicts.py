@@ -11,17 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from trt_kd.measuring.statistics import mean_interval, t_quantile
 from trt_kd.reporting.evidence import Evidence, TimedRun
 from trt_kd.reporting.gates import EXACT, QUALITY, Compare, Gate
 from trt_kd.reporting.intervals import (
     Z,
     mcnemar,
-    mean_interval,
     normal_interval,
     paired_difference_interval,
     paired_ratio,
     ratio_of,
-    t_quantile,
     wilson_interval,
 )
 from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant, Verdict

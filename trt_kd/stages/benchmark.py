@@ -1,38 +1,54 @@
 """Benchmark: how fast each variant prefills and decodes, all of them in one interleaved run.
 
 Every variant is loaded once, in a process of its own, and takes turns with the others in ABBA
-order, so that drift of the machine meets all of them alike. Every run decodes new rows of real
-held-out text; variants with the same tokenizer get the same rows. Exactly ``output_tokens`` each.
+order, so that drift of the machine meets all of them alike. Every run that counts decodes new rows
+of real held-out text; variants with the same tokenizer get the same rows. Exactly ``output_tokens``
+each. Or a load generator, a tool with a clock of its own, measures them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.artifacts.environment import environment
 from trt_kd.artifacts.manifest import Metric
+from trt_kd.backends import LOAD_GENERATORS
 from trt_kd.backends.base import Backend, backend_for, lane_of
-from trt_kd.backends.worker import OutOfMemoryError, Run, Worker
+from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
+from trt_kd.backends.load import LoadGenerator, Runs, load_record, rows_needed, sweep
+from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
-from trt_kd.config import StageConfig
+from trt_kd.config import StageConfig, build_plugin
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_digest
 from trt_kd.errors import ConfigError
-from trt_kd.measuring.clock import measure_call
-from trt_kd.measuring.machine import load_average
+from trt_kd.measuring.clock import Workload, measure_call
+from trt_kd.measuring.machine import affinity, load_average
+from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor_ms, measure_peaks
-from trt_kd.measuring.statistics import half_range, median, percentiles
+from trt_kd.measuring.rounds import Rounds
+from trt_kd.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA_VERSION = 1
+Records = dict[str, list[dict[str, Any]]]
+"""One record per workload, by variant."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -48,16 +64,55 @@ class BenchmarkConfig(StageConfig):
     """Prompt tokens of every sequence (ISL)."""
     output_tokens: PositiveInt = 32
     """Tokens decoded for every sequence (OSL), end-of-text ignored."""
-    warmup: NonNegativeInt = 1
-    """Runs of every variant and batch size that do not count."""
+    warmup: NonNegativeInt = 6
+    """Most rounds before a batch size counts; fewer once the last three agree, variant by variant.
+    They repeat rows of their own."""
+    warmup_tolerance: PositiveFloat = 0.02
+    """How far the times of three warm-up runs may lie from their median, as a share of it."""
     repeats: PositiveInt = 5
     """Runs that count."""
     spread_limit: PositiveFloat = 0.25
-    """Largest half range of the throughput over its median that still counts as steady."""
+    """Largest half range of the throughput over its median that still counts as steady; what is
+    not steady decides no gate."""
     seed: int = 0
     """Order of the documents."""
     threads: PositiveInt | None = None
     """CPU threads of every runtime; None leaves the choice to the runtime."""
+    load_generator: SerializeAsAny[LoadGenerator] | None = None
+    """Tool that measures instead of our own clock, such as ``trtllm-bench``; ``batch_sizes`` are
+    then the requests in flight at once."""
+
+    @property
+    def rounds(self) -> Rounds:
+        """Every workload, and how often."""
+        lengths = {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}
+        return Rounds(
+            workloads=tuple(Workload(batch_size=size, **lengths) for size in self.batch_sizes),
+            repeats=self.repeats,
+            warmup=self.warmup,
+        )
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _stand_once(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sizes)) < len(sizes):
+            raise ValueError("a batch size stands twice")
+        return sizes
+
+    @field_validator("load_generator", mode="before")
+    @classmethod
+    def _is_registered(cls, value: object) -> object:
+        registry: Registry[Any] = LOAD_GENERATORS
+        return None if value is None else build_plugin(registry, value)
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        names = ("warmup", "warmup_tolerance", "threads")
+        fields = type(self).model_fields
+        idle = [name for name in names if getattr(self, name) != fields[name].default]
+        if self.load_generator is not None and idle:
+            raise ValueError(f"{', '.join(idle)}: no effect beside load_generator")
+        return self
 
     def outside(self) -> dict[str, str]:
         """Fingerprint of the text."""
@@ -65,106 +120,77 @@ class BenchmarkConfig(StageConfig):
 
     def rehearsal(self) -> Self:
         """One short run of the first batch size."""
-        few = {"input_tokens": 16, "output_tokens": 4, "warmup": 0, "repeats": 1}
+        few = {"input_tokens": 16, "output_tokens": 4, "repeats": 1}
+        if self.load_generator is None:
+            few["warmup"] = 0
         return self.model_copy(update={"batch_sizes": self.batch_sizes[:1], **few})
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One run of one variant."""
+class Measured:
+    """What a way of measuring found."""
 
-    variant: str
-    batch_size: int
-    repeat: int
-    """Counts from 0; warm-up runs are below 0."""
-    rows: slice
-    """Which prompts, of all that were cut."""
-
-
-@dataclass
-class Samples:
-    """All counted runs of one variant at one batch size."""
-
-    runs: list[Run] = field(default_factory=list)
-    load_averages: list[float] = field(default_factory=list)
-    error: str | None = None
-    """Why there is no measurement: not enough memory."""
+    records: Records
+    raw: Mapping[str, Sequence[dict[str, Any]]]
+    """Lines of raw samples, by file name."""
+    definitions: Mapping[str, str]
+    seconds: float
+    prompts_sha256: dict[str, str]
+    peaks: dict[str, float] | None = None
+    at_rates: Records = field(default_factory=dict)
 
 
 def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Artifact:
     """Measure ``variants``, checkpoints and exports by name, and write the records to ``out``.
 
+    A workload that fails is recorded with its reason and the others are measured.
+
     Raises:
         ConfigError: if there is no variant.
         ArtifactError: if no backend runs a variant.
         DataError: if there is too little held-out text for prompts that never repeat.
-        TrtKdError: if a variant cannot be loaded or its process dies.
+        MissingDependencyError: if the load generator is not installed.
+        TrtKdError: if a variant cannot be loaded, or fails at every workload.
     """
     if not variants:
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
-    backends = {
-        name: backend_for(artifact).model_copy(update={"threads": config.threads})
-        for name, artifact in variants.items()
-    }
+    measure = _decoded if config.load_generator is None else _loaded
     with writing(out, kind="benchmark", config=config, inputs=variants) as draft:
-        prompts = _prompts(config, variants)
-        peaks = measure_peaks(config.threads)
-        found: dict[tuple[str, int], Samples] = {}
-        with ExitStack() as stack:
-            workers = {
-                name: stack.enter_context(Worker(name, backends[name], artifact.path))
-                for name, artifact in variants.items()
-            }
-            seconds = measure_call(lambda: found.update(_measure_all(config, workers, prompts)))
-        records: dict[str, list[dict[str, Any]]] = {
-            name: [
-                _describe(config, artifact, backends[name], batch_size)
-                | _floor(config, artifact, backends[name], batch_size, peaks)
-                | _measured(config, found[name, batch_size], batch_size)
-                | {"load_s": workers[name].load_s}
-                for batch_size in config.batch_sizes
-            ]
-            for name, artifact in variants.items()
-        }
+        conditions = {"affinity": affinity(), "load_average_before": load_average()}
+        found = measure(config, variants, out)
         result = {
             "schema_version": SCHEMA_VERSION,
             "hardware": environment(),
-            "peaks": asdict(peaks),
-            "variants": records,
+            "conditions": conditions | {"load_average_after": load_average()},
+            "definitions": found.definitions,
+            "peaks": found.peaks,
+            "variants": found.records,
         }
+        if found.at_rates:
+            result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
-        _write_samples(draft.path / "samples.jsonl", found)
+        for name, lines in found.raw.items():
+            text = "".join(f"{json.dumps(line)}\n" for line in lines)
+            (draft.path / name).write_text(text, encoding="utf-8")
+        rows = [item for records in found.records.values() for item in records]
         draft.metrics |= {
-            "seconds": seconds,
-            "steady": all(item.get("steady", True) for rows in records.values() for item in rows),
-            "prompts_sha256": {name: fingerprint(rows) for name, rows in prompts.items()},
-            "variants": {name: _summary(rows) for name, rows in records.items()},
+            "seconds": found.seconds,
+            "steady": all(item.get("steady", True) for item in rows),
+            "prompts_sha256": found.prompts_sha256,
+            "variants": {name: _summary(records) for name, records in found.records.items()},
         }
     return Artifact.open(out, expect="benchmark")
 
 
-def turns(config: BenchmarkConfig, names: list[str]) -> Iterator[Turn]:
-    """Every run in its order: A B, then B A, and so on, batch size by batch size.
-
-    Each round cuts rows that no other round uses; all variants of a round get the same.
-    """
-    used = 0
-    for batch_size in config.batch_sizes:
-        for count, repeat in enumerate(range(-config.warmup, config.repeats)):
-            rows = slice(used, used + batch_size)
-            used += batch_size
-            for name in names if count % 2 == 0 else reversed(names):
-                yield Turn(name, batch_size, repeat, rows)
-
-
-def _prompts(config: BenchmarkConfig, variants: Mapping[str, Artifact]) -> "dict[str, np.ndarray]":
-    """Token ids ``[rows, input_tokens]`` by variant."""
-    rows = sum(config.batch_sizes) * (config.warmup + config.repeats)
+def _prompts(
+    config: BenchmarkConfig, folders: Mapping[str, Path], rows: int
+) -> "dict[str, np.ndarray]":
+    """Token ids ``[rows, input_tokens]`` by variant; the same where tokenizers are the same."""
     data = config.data.model_copy(update={"block_tokens": config.input_tokens})
     cut: dict[str, np.ndarray] = {}
     prompts = {}
-    for name, artifact in variants.items():
-        tokenizer = load_tokenizer(artifact.path)
+    for name, folder in folders.items():
+        tokenizer = load_tokenizer(folder)
         digest = tokenizer_digest(tokenizer)
         if digest not in cut:
             cut[digest] = token_blocks(
@@ -174,40 +200,90 @@ def _prompts(config: BenchmarkConfig, variants: Mapping[str, Artifact]) -> "dict
     return prompts
 
 
-def _measure_all(
-    config: BenchmarkConfig, workers: Mapping[str, Worker], prompts: "Mapping[str, np.ndarray]"
-) -> dict[tuple[str, int], Samples]:
-    """Let the variants take turns; a workload that does not fit in memory is left out."""
-    from tqdm import tqdm
-
-    found = {(name, size): Samples() for name in workers for size in config.batch_sizes}
-    order = list(turns(config, list(workers)))
-    for turn in tqdm(order, desc="benchmark", unit="run", disable=None):
-        samples = found[turn.variant, turn.batch_size]
-        if samples.error is not None:
-            continue
-        rows = prompts[turn.variant][turn.rows].tolist()
-        try:
-            run = workers[turn.variant].run(rows, config.output_tokens)
-        except OutOfMemoryError as error:
-            samples.error = str(error.args[0])
-            continue
-        if turn.repeat >= 0:
-            samples.runs.append(run)
-            samples.load_averages.append(load_average() or 0.0)
-    return found
-
-
-def _describe(
-    config: BenchmarkConfig, artifact: Artifact, backend: Backend, batch_size: int
-) -> dict[str, Metric]:
-    return {
-        "backend": backend.kind,
-        "format": format_of(artifact),
-        "batch_size": batch_size,
-        "input_tokens": config.input_tokens,
-        "output_tokens": config.output_tokens,
+def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
+    """Measure variants that decode step by step, each in a process of its own."""
+    backends = {
+        name: backend_for(artifact).model_copy(update={"threads": config.threads})
+        for name, artifact in variants.items()
     }
+    found: dict[tuple[str, Workload], Samples] = {}
+    rounds, tolerance = config.rounds, config.warmup_tolerance
+    prompts = _prompts(config, {n: each.path for n, each in variants.items()}, rounds.rows)
+    peaks = measure_peaks(config.threads)
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(name, backends[name], artifact.path))
+            for name, artifact in variants.items()
+        }
+        seconds = measure_call(
+            lambda: found.update(interleave(workers, prompts, rounds, tolerance=tolerance))
+        )
+    limits = {"spread_limit": config.spread_limit, "tolerance": tolerance}
+    records: Records = {
+        name: [
+            {"backend": backends[name].kind, "format": format_of(artifact)}
+            | workload.model_dump()
+            | _floor(artifact, backends[name], workload, peaks)
+            | record(found[name, workload], workload, **limits)
+            | {"load_s": workers[name].load_s}
+            for workload in rounds.workloads
+        ]
+        for name, artifact in variants.items()
+    }
+    return Measured(
+        records=records,
+        raw={"samples.jsonl": sample_lines(found)},
+        definitions=DEFINITIONS,
+        seconds=seconds,
+        prompts_sha256={name: fingerprint(rows) for name, rows in prompts.items()},
+        peaks=asdict(peaks),
+    )
+
+
+def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
+    """Let a load generator measure the variants."""
+    tool = config.load_generator
+    if tool is None:
+        raise ValueError("the settings name no load generator")
+    targets = {name: artifact.path for name, artifact in variants.items()}
+    loads = tool.loads(config.rounds.workloads)
+    tool.check(targets, loads)
+    folders = {name: tool.tokenizer_folder(target) for name, target in targets.items()}
+    prompts = _prompts(config, folders, rows_needed(tool, loads, config.repeats))
+    found: dict[str, list[Runs]] = {}
+    folder = out.absolute().with_name(f"{out.name}.requests")
+    seconds = measure_call(
+        lambda: found.update(
+            sweep(tool, targets, prompts, loads, repeats=config.repeats, folder=folder)
+        )
+    )
+    records: Records = {name: [] for name in variants}
+    at_rates: Records = {name: [] for name in variants}
+    lines = []
+    for name, artifact in variants.items():
+        for load, runs in zip(loads, found[name], strict=True):
+            described = {"backend": tool.kind, "format": format_of(artifact)}
+            described |= load.workload.model_dump()
+            described |= load_record(runs, spread_limit=config.spread_limit)
+            if load.request_rate is None:
+                records[name].append(described)
+            else:
+                del described["batch_size"]
+                at_rates[name].append(described | {"request_rate": load.request_rate})
+            lines += [
+                {"variant": name, "batch_size": load.workload.batch_size}
+                | {"request_rate": load.request_rate, "repeat": repeat}
+                | {"times": run.times, "rates": run.rates, "report": run.report}
+                for repeat, run in enumerate(runs.runs)
+            ]
+    return Measured(
+        records=records,
+        raw={"reports.jsonl": lines},
+        definitions=DEFINITIONS | dict(tool.definitions),
+        seconds=seconds,
+        prompts_sha256={name: fingerprint(rows) for name, rows in prompts.items()},
+        at_rates=at_rates if tool.request_rates else {},
+    )
 
 
 def format_of(artifact: Artifact) -> str:
@@ -219,63 +295,33 @@ def format_of(artifact: Artifact) -> str:
 
 
 def _floor(
-    config: BenchmarkConfig, artifact: Artifact, backend: Backend, batch_size: int, peaks: Peaks
+    artifact: Artifact, backend: Backend, workload: Workload, peaks: Peaks
 ) -> dict[str, Metric]:
     """Least milliseconds of the mean decoding step; None where the backend does not know."""
     work = backend.decode_work(artifact.path)
     if work is None:
         return {"decode_floor_ms": None}
-    tokens = config.input_tokens + config.output_tokens / 2
-    return {"decode_floor_ms": decode_floor_ms(work, peaks, batch_size=batch_size, tokens=tokens)}
-
-
-def _measured(config: BenchmarkConfig, samples: Samples, batch_size: int) -> dict[str, Metric]:
-    """Statistics of one workload; runs are the unit of replication of rates and spread."""
-    if samples.error is not None:
-        return {"error": samples.error}
-    runs = samples.runs
-    gaps = [seconds for run in runs for seconds in run.step_s[1:]]
-    rates = [batch_size * config.output_tokens / sum(run.step_s) for run in runs]
-    spread = half_range(rates)
-    return {
-        "ttft_ms": percentiles([1e3 * run.step_s[0] for run in runs]),
-        "itl_ms": percentiles([1e3 * gap for gap in gaps]) if gaps else None,
-        "output_tokens_per_s": median(rates),
-        "repeats": len(runs),
-        "spread": spread,
-        "steady": spread <= config.spread_limit,
-        "load_average": max(samples.load_averages),
-        "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
-    }
+    size, tokens = workload.batch_size, workload.input_tokens + workload.output_tokens / 2
+    return {"decode_floor_ms": decode_floor_ms(work, peaks, batch_size=size, tokens=tokens)}
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Metric]:
     """Main numbers of one variant, by batch size."""
     summary: dict[str, Metric] = {}
-    for record in records:
-        key = f"batch_{record['batch_size']}"
-        if "error" in record:
-            summary[key] = {"error": record["error"]}
+    for item in records:
+        key = f"batch_{item['batch_size']}"
+        if "error" in item:
+            summary[key] = {"error": item["error"]}
             continue
-        itl = record["itl_ms"]
+        itl = item["itl_ms"]
         summary[key] = {
-            "ttft_ms_p50": record["ttft_ms"]["p50"],
+            "ttft_ms_p50": item["ttft_ms"]["p50"],
             "itl_ms_p50": itl["p50"] if itl else None,
-            "output_tokens_per_s": record["output_tokens_per_s"],
-            "spread": record["spread"],
+            "output_tokens_per_s": item["output_tokens_per_s"],
+            "spread": item["spread"],
         }
     return summary
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_samples(path: Path, found: Mapping[tuple[str, int], Samples]) -> None:
-    """One line per counted run: seconds of every step, the first with prefill."""
-    lines = [
-        json.dumps({"variant": name, "batch_size": size, "repeat": repeat, "step_s": run.step_s})
-        for (name, size), samples in found.items()
-        for repeat, run in enumerate(samples.runs)
-    ]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,283 @@
+"""Runtimes that a tool of their own loads with requests and times: what it gets, what it answers.
+
+Such a tool has a clock of its own and tells percentiles of a run, not steps. A run is a process of
+its own and the unit of replication: records hold medians over runs of each run's percentiles.
+"""
+
+import logging
+import math
+import re
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import PositiveFloat, PositiveInt
+
+from trt_kd.backends.worker import OutOfMemoryError, out_of_memory
+from trt_kd.config import Plugin
+from trt_kd.errors import MissingDependencyError, ServerError, TrtKdError
+from trt_kd.measuring.clock import Workload
+from trt_kd.measuring.metrics import RATES, summarise_rates
+from trt_kd.measuring.statistics import PERCENTILES, mean_interval, median
+
+logger = logging.getLogger(__name__)
+
+SHARES = tuple(f"p{share}" for share in PERCENTILES)
+TIMES = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+_TOLD_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one run and how they arrive."""
+
+    workload: Workload
+    """Lengths, and as ``batch_size`` the requests that are in flight at once."""
+    request_rate: float | None = None
+    """Requests per second, arriving at random (Poisson), however many are in flight; None keeps
+    ``batch_size`` in flight."""
+    prompts: Sequence[Sequence[int]] = ()
+    """Token ids, no two rows alike; the warm-up's rows come first."""
+
+
+@dataclass(frozen=True)
+class LoadRun:
+    """What a tool told of one run."""
+
+    times: Mapping[str, Mapping[str, float]]
+    """p50, p90 and p99 of each of ``TIMES`` over requests."""
+    rates: Mapping[str, float | None]
+    """Those of ``trt_kd.measuring.metrics.RATES``."""
+    report: Mapping[str, Any]
+    """The tool's own summary, whole."""
+    goodput_requests_per_s: float | None = None
+    """Requests per second that met every limit; None where no limit was given."""
+
+
+@dataclass
+class Runs:
+    """All runs of one variant under one load."""
+
+    runs: list[LoadRun] = field(default_factory=list)
+    error: str | None = None
+    """Why there is no measurement."""
+
+
+class LoadGenerator(Plugin, ABC):
+    """A tool, its options, and how to read its answer."""
+
+    definitions: ClassVar[Mapping[str, str]] = {}
+    """Names of ``DEFINITIONS`` that this tool means otherwise."""
+    request_rates: tuple[PositiveFloat, ...] = ()
+    """Further loads: requests per second."""
+    requests_per_slot: PositiveInt = 10
+    """Requests of one run for each that is in flight at once."""
+    requests_at_rate: PositiveInt = 100
+    """Requests of one run at a request rate."""
+    timeout_s: PositiveFloat = 3600.0
+    """Seconds that one run may take."""
+
+    @abstractmethod
+    def check(self, targets: Mapping[str, Path], loads: Sequence[Load]) -> None:
+        """Refuse what cannot be measured, before anything is; loads have no prompts yet.
+
+        Raises:
+            TrtKdError: if the tool is not installed, the server is down or a load has no effect.
+        """
+
+    @abstractmethod
+    def run(self, target: Path, load: Load, folder: Path) -> LoadRun:
+        """Measure once; files of the tool go into the empty ``folder``.
+
+        Raises:
+            OutOfMemoryError: if there is too little memory for this load.
+            TrtKdError: if the tool fails or its answer is not what was asked.
+        """
+
+    def tokenizer_folder(self, target: Path) -> Path:
+        """Where the tokenizer of ``target`` lies."""
+        return target
+
+    def loads(self, workloads: Sequence[Workload]) -> list[Load]:
+        """One for every workload and for every request rate."""
+        one = workloads[0].model_copy(update={"batch_size": 1})
+        return [Load(each) for each in workloads] + [Load(one, rate) for rate in self.request_rates]
+
+    def requests(self, load: Load) -> int:
+        """Requests of one run that count."""
+        if load.request_rate is not None:
+            return self.requests_at_rate
+        return self.requests_per_slot * load.workload.batch_size
+
+    def warmup(self, load: Load) -> int:
+        """Requests of one run that do not count: two for each in flight, ten at a rate."""
+        return 10 if load.request_rate is not None else 2 * load.workload.batch_size
+
+
+def sweep(
+    generator: LoadGenerator,
+    targets: Mapping[str, Path],
+    prompts: Mapping[str, Any],
+    loads: Sequence[Load],
+    *,
+    repeats: int,
+    folder: Path,
+) -> dict[str, list[Runs]]:
+    """Measure every variant under every load, in ABBA order; a load that fails is recorded.
+
+    Args:
+        generator: the tool.
+        targets: directories of the variants by name.
+        prompts: token ids ``[rows, input_tokens]`` by variant; see ``rows_needed``.
+        loads: from the first to the last.
+        repeats: runs of each.
+        folder: where the tool's files may lie; removed after each run.
+
+    Raises:
+        MissingDependencyError: if the tool is not installed; ``folder`` stays.
+        TrtKdError: if nothing at all was measured of a variant.
+    """
+    found = {name: [Runs() for _ in loads] for name in targets}
+    first: dict[str, TrtKdError] = {}
+    used = 0
+    for place, load in enumerate(loads):
+        size = generator.warmup(load) + generator.requests(load)
+        for repeat in range(repeats):
+            order = list(targets)
+            for name in order if repeat % 2 == 0 else reversed(order):
+                runs = found[name][place]
+                if runs.error is not None:
+                    continue
+                rows = prompts[name][used : used + size].tolist()
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                try:
+                    run = generator.run(targets[name], replace(load, prompts=rows), folder)
+                    runs.runs.append(run)
+                except MissingDependencyError:
+                    raise  # what was written stays for the command of the error
+                except TrtKdError as error:
+                    runs.error = str(error.args[0])
+                    first.setdefault(name, error)
+                    logger.warning("%s was not measured: %s", name, runs.error)
+                except BaseException:
+                    shutil.rmtree(folder)
+                    raise
+                shutil.rmtree(folder)
+            used += size
+    for name, failure in first.items():
+        if all(runs.error is not None for runs in found[name]):
+            raise failure
+    return found
+
+
+def rows_needed(generator: LoadGenerator, loads: Sequence[Load], repeats: int) -> int:
+    """Prompts that a sweep takes."""
+    return repeats * sum(generator.warmup(load) + generator.requests(load) for load in loads)
+
+
+def load_record(runs: Runs, *, spread_limit: float) -> dict[str, Any]:
+    """Medians over runs, with t intervals of their logs."""
+    if runs.error is not None:
+        return {"error": runs.error}
+    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
+    for name in TIMES:
+        by_share = {share: [run.times[name][share] for run in runs.runs] for share in SHARES}
+        found[name] = {share: median(values) for share, values in by_share.items()}
+        if len(runs.runs) > 1:
+            intervals[name] = {share: _log_interval(values) for share, values in by_share.items()}
+    good = [run.goodput_requests_per_s for run in runs.runs]
+    known = [value for value in good if value is not None]
+    found |= summarise_rates([{name: run.rates.get(name) for name in RATES} for run in runs.runs])
+    return found | {
+        "goodput_requests_per_s": median(known) if known else None,
+        "intervals": intervals,
+        "steady": found["spread"] <= spread_limit,
+    }
+
+
+def _log_interval(values: Sequence[float]) -> list[float] | None:
+    if min(values) <= 0:
+        return None
+    return [math.exp(end) for end in mean_interval([math.log(value) for value in values])]
+
+
+def require_program(name: str, hint: str) -> None:
+    """Refuse where ``name`` is no program here.
+
+    Raises:
+        MissingDependencyError: with ``hint``.
+    """
+    if shutil.which(name) is None:
+        raise MissingDependencyError(f"{name} is not installed here", hint=hint)
+
+
+def run_program(
+    argv: Sequence[str], folder: Path, timeout_s: float, env: Mapping[str, str] | None = None
+) -> str:
+    """Run a tool in ``folder`` and return what it printed.
+
+    Raises:
+        OutOfMemoryError: if it failed and says so.
+        ServerError: if it failed otherwise or took longer than ``timeout_s``.
+    """
+    log = folder / "tool.log"
+    with log.open("wb") as file:
+        try:
+            done = subprocess.run(
+                list(argv),
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(
+                f"{argv[0]} did not end within {timeout_s:g} s",
+                hint="raise timeout_s, or ask for fewer requests or tokens",
+            ) from error
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if done.returncode:
+        told = " ".join(re.sub(r"[^ -~]+", " ", text).split())[-_TOLD_CHARACTERS:]
+        kind = OutOfMemoryError if out_of_memory(text) else ServerError
+        raise kind(
+            f"{argv[0]} ended with code {done.returncode}: {told}",
+            hint="try a smaller load where memory is short; else see what it says",
+        )
+    return text
+
+
+def numbers_at(report: Mapping[str, Any], places: Mapping[str, str], who: str) -> dict[str, float]:
+    """Numbers of a tool's report by our names; what else stands there does not matter.
+
+    Args:
+        report: as it was read.
+        places: dotted place of each number by our name.
+        who: whose report it is, with its version.
+
+    Raises:
+        ServerError: naming every place that is missing or holds no finite number.
+    """
+    found, missing = {}, []
+    for name, place in places.items():
+        value: Any = report
+        for part in place.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            found[name] = float(value)
+        else:
+            missing.append(place)
+    if missing:
+        raise ServerError(
+            f"the report of {who} lacks {', '.join(missing)}",
+            hint="its format changed: measure with a version that docs/benchmarking.md names",
+        )
+    return found
