@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ConfigError, ModelError
-from trt_kd.evaluation.vocabulary import check_padding
-from trt_kd.training.weights import peak
+from trt_kd.evaluation.vocabulary import check_padding, context_tokens
+from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
     from trt_kd.stages.distill import DistillConfig
@@ -69,6 +69,55 @@ def check_sizes(config: "DistillConfig", *, student: Path, teacher: Path) -> Non
         raise ModelError(
             f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
             hint="give them the other way round, or set allow_smaller_teacher=true",
+        )
+
+
+def on_policy_problem(config: "DistillConfig") -> str | None:
+    """Why the student cannot learn from its own text with these settings; None where it can."""
+    wanted = config.on_policy
+    if wanted is None:
+        return None
+    drawn = [step for step in range(config.steps) if wanted.draws(step, config.seed)]
+    weights = (weight_at(config.response_weight, step, config.steps) for step in drawn)
+    teacher, block = config.teacher, config.data.block_tokens
+    problems = {
+        "response_weight is 0: only a teacher can judge what the student writes": not peak(
+            config.response_weight
+        ),
+        f"a {teacher.kind} teacher has not read what the student will write: write teacher: "
+        "online": not teacher.runs_beside,
+        f"{config.loss.kind} needs the true next tokens, which the student's own text has not: "
+        "take another loss": config.loss.needs_labels,
+        "the student continues a block as one text: leave packing.reset out": config.packing.reset,
+        f"the student cannot write while it is sharded: write sharding: none, not "
+        f"{config.sharding}": config.sharding != "none",
+        f"prompt_tokens {wanted.prompt_tokens} must be at most data.block_tokens {block}": (
+            wanted.prompt_tokens > block
+        ),
+        f"no effect: share {wanted.share:g} draws none of {config.steps} steps with seed "
+        f"{config.seed}": not drawn,
+        "response_weight is 0 at a step at which the student writes: nothing to learn": not all(
+            weights
+        ),
+        "task_weight has no effect: share 1 leaves no step with true tokens": wanted.share == 1
+        and peak(config.task_weight) > 0,
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def check_context(config: "DistillConfig", *, student: Path, teacher: Path) -> None:
+    """Check that prompts and what the student adds fit into both models.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    wanted = config.on_policy
+    limit = min(context_tokens(student), context_tokens(teacher))
+    if wanted is not None and wanted.prompt_tokens + wanted.new_tokens > limit:
+        raise ConfigError(
+            f"on_policy: prompt_tokens {wanted.prompt_tokens} and new_tokens {wanted.new_tokens} "
+            f"are more than the context of {limit} tokens",
+            hint="lower one of them",
         )
 
 

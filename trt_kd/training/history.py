@@ -17,6 +17,7 @@ NAMES = {
     "task_weight": "task_weight",
     "response_weight": "response_weight",
     "dropped_teacher_mass": "dropped_teacher_mass",
+    "generated_tokens": "generated_tokens",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "seconds",

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from trt_kd.checkpoints import load_tokenizer
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
+from trt_kd.teachers.writer import ends_of
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.distributed import STEP_LIMIT
@@ -23,6 +25,7 @@ from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
 from trt_kd.training.packing import check_packing
+from trt_kd.training.rollout import Rollout
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
@@ -92,6 +95,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
+        trainer.rollout = _rollout(student, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -134,6 +138,16 @@ def _trainer(
     trainer = SeveralTrainer(**settings, **beside)
     trainer.mixture = teacher
     return trainer
+
+
+def _rollout(student: PreTrainedModel, run: Run) -> Rollout | None:
+    """What lets the student write, where the run wants it."""
+    schedule = run.schedule
+    if schedule.on_policy is None:
+        return None
+    eos: Any = load_tokenizer(run.tokenizer).eos_token_id if run.tokenizer else None
+    ends, rank = ends_of(student, eos), run.processes.rank
+    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank)
 
 
 def training_arguments(

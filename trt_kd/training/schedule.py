@@ -17,6 +17,7 @@ from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
+from trt_kd.training.on_policy import OnPolicy
 
 
 class Schedule(StrictModel):
@@ -52,6 +53,8 @@ class Schedule(StrictModel):
     """Measurements on held-out text while training; null leaves them out."""
     features: list[Feature] = []
     """Losses between layers of student and teacher, beside the one between their logits."""
+    on_policy: OnPolicy | None = None
+    """Steps that learn from what the student writes itself; none if left out."""
     stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
     """Alarms that stop the run with its checkpoint kept. No part of a run's identity: without it,
     a stopped run goes on."""
