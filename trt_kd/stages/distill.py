@@ -21,6 +21,7 @@ from trt_kd.optional import require
 from trt_kd.seeding import seed_everything
 from trt_kd.stages.matching import (
     check_context,
+    check_other_tokenizer,
     check_pair,
     check_processes,
     check_sizes,
@@ -152,9 +153,11 @@ class DistillConfig(Schedule, StageConfig):
 
     @model_validator(mode="after")
     def _teachers_can_be_sharded(self) -> Self:
-        if self.sharding != "none" and self.uses_teacher and self.teacher.kind == "several":
+        kinds = ("several", "cross_tokenizer")
+        if self.sharding != "none" and self.uses_teacher and self.teacher.kind in kinds:
             raise ValueError(
-                f"sharding {self.sharding} takes one teacher, not several: write sharding: none"
+                f"sharding {self.sharding} takes one teacher, not {self.teacher.kind}: write "
+                "sharding: none"
             )
         return self
 
@@ -177,6 +180,7 @@ class DistillConfig(Schedule, StageConfig):
             "response": peak(self.response_weight) > 0,
             "features": bool(self.features),
             "on_policy": self.on_policy is not None,
+            "common_tokenizer": self.teacher.same_tokens,
         }
         return frozenset(need for need, there in found.items() if there)
 
@@ -245,7 +249,10 @@ def distill(
     training = config
     if teacher is not None:
         for path in (teacher.path, *config.teacher.further()):
-            check_pair(student=student.path, teacher=path)
+            if config.teacher.same_tokens:
+                check_pair(student=student.path, teacher=path)
+            else:
+                check_other_tokenizer(student=student.path, teacher=path)
         check_sizes(config, student=student.path, teacher=teacher.path)
         check_context(config, student=student.path, teacher=teacher.path)
         training = _with_pairs(config, student, teacher)
@@ -341,7 +348,8 @@ def train_in(
         return Objective(config.loss, task, response, config.label_smoothing)
 
     seen = text.blocks if text.heldout is None else np.concatenate([text.blocks, text.heldout])
-    demand = Demand(seen, config.precision, run.work, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    demand = Demand(seen, config.precision, run.work, vocabulary, run.tokenizer)
     with run.processes.main_first():  # it writes a cache, the others read it
         targets = config.teacher.targets(teacher, demand) if isinstance(teacher, Path) else teacher
     if config.features:

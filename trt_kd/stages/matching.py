@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ConfigError, ModelError
-from trt_kd.evaluation.vocabulary import check_padding, context_tokens
+from trt_kd.evaluation.vocabulary import check_padding, context_tokens, tokenizer_identity
 from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
@@ -50,9 +50,24 @@ def check_pair(*, student: Path, teacher: Path) -> None:
     vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
     check_padding(**vocabularies, tokenizer=student)
     if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
+        other = tokenizer_identity(student) != tokenizer_identity(teacher)
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",
-            hint="token distillation needs one tokenizer: prune the student from this teacher",
+            hint="token distillation needs one tokenizer: prune the student from this teacher"
+            + (", or set teacher=cross_tokenizer loss=uld" if other else ""),
+        )
+
+
+def check_other_tokenizer(*, student: Path, teacher: Path) -> None:
+    """Check that a teacher which is said to have another tokenizer does have one.
+
+    Raises:
+        ModelError: if it has the student's, or one is missing.
+    """
+    if tokenizer_identity(student) == tokenizer_identity(teacher):
+        raise ModelError(
+            f"{student} and {teacher} have one tokenizer",
+            hint="write teacher: online and a loss that compares token with token",
         )
 
 

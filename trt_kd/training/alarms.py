@@ -22,7 +22,7 @@ AlarmName: TypeAlias = Literal[
     "late_pairs_diverge",
     "length_drift",
 ]
-Need: TypeAlias = Literal["monitor", "response", "features", "on_policy"]
+Need: TypeAlias = Literal["monitor", "response", "features", "on_policy", "common_tokenizer"]
 Row: TypeAlias = Mapping[str, float]
 Rows: TypeAlias = Sequence[Row]
 
@@ -124,7 +124,7 @@ ALARMS: tuple[Alarm, ...] = (
         "the student comes closer to the teacher on held-out text, its task loss no longer gains",
         "stop here, raise task_weight late in the run, or correct the teacher on this text first",
         "Cho and Hariharan 2019, arXiv:1910.01348",
-        frozenset({"monitor", "response"}),
+        frozenset({"monitor", "response", "common_tokenizer"}),
         task_stalls,
     ),
     Alarm(

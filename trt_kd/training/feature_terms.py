@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,14 +25,15 @@ from typing_extensions import Self
 from trt_kd.losses.features.base import Reading
 from trt_kd.losses.features.maths import widened
 from trt_kd.losses.features.normalising import normalised
-from trt_kd.teachers.cache import Cache
-from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.checkpointing import PREFIX
 from trt_kd.training.features import Feature
 from trt_kd.training.pairing import Pair
 from trt_kd.training.reading import Seen, reading
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.weights import weight_at
+
+if TYPE_CHECKING:
+    from trt_kd.teachers.base import Targets
 
 FILE = "features.safetensors"
 """Projectors and memories in a training checkpoint."""
@@ -183,7 +184,7 @@ class FeatureTerms(nn.Module):
 
 
 def terms_of(
-    schedule: Schedule, student: PreTrainedModel, teacher: PreTrainedModel | Mixture | Cache | None
+    schedule: Schedule, student: PreTrainedModel, teacher: "Targets | None"
 ) -> FeatureTerms | None:
     """The terms that ``schedule`` asks for, or None.
 

@@ -15,11 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.teachers.cache import Cache
+from trt_kd.teachers.cross_tokenizer import Translated
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
 from trt_kd.teachers.writer import ends_of
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.crossing import CrossTrainer
 from trt_kd.training.distributed import STEP_LIMIT
 from trt_kd.training.feature_terms import KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
@@ -42,6 +44,8 @@ from trt_kd.training.watching import Alarms, Monitor
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from trt_kd.teachers.base import Targets
+
 logger = logging.getLogger(__name__)
 
 _READ = ("ACCELERATE_", "FSDP_")
@@ -50,7 +54,7 @@ _READ = ("ACCELERATE_", "FSDP_")
 
 def train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | Mixture | Cache | None,
+    teacher: "Targets | None",
     text: Text,
     *,
     objective_at: ObjectiveAt,
@@ -115,9 +119,7 @@ def train(
     return log_of(trainer.state.log_history)
 
 
-def _trainer(
-    teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[str, Any], run: Run
-) -> Any:
+def _trainer(teacher: "Targets | None", settings: dict[str, Any], run: Run) -> Any:
     """The trainer for what the teacher is."""
     if teacher is None:
         return TaskTrainer(**settings)
@@ -125,12 +127,16 @@ def _trainer(
         trainer: Any = CachedTrainer(**settings)
         trainer.cache = teacher
         return trainer
-    models = teacher.models if isinstance(teacher, Mixture) else [teacher]
+    models = teacher.models if isinstance(teacher, Mixture) else [_model(teacher)]
     for model in models:
         check_linear_head(model, "teacher")
         if run.end is not None:
             check_packing(model, "teacher")
     beside = {"distill_args": {"teacher_model": models[0]}}
+    if isinstance(teacher, Translated):
+        crossing = CrossTrainer(**settings, **beside)
+        crossing.translator = teacher.translator
+        return crossing
     if not isinstance(teacher, Mixture):
         return DistillTrainer(**settings, **beside)
     if run.schedule.sharding != "none":
@@ -138,6 +144,10 @@ def _trainer(
     trainer = SeveralTrainer(**settings, **beside)
     trainer.mixture = teacher
     return trainer
+
+
+def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
+    return teacher.model if isinstance(teacher, Translated) else teacher
 
 
 def _rollout(student: PreTrainedModel, run: Run) -> Rollout | None:

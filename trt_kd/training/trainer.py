@@ -61,6 +61,7 @@ class _ObjectiveTrainer(PortableCheckpoints):
     head_dtype: torch.dtype
     features: FeatureTerms | None = None
     rollout: Rollout | None = None
+    one_vocabulary: bool = True  # else there is no divergence to measure token by token
     end: int | None
 
     def start(
@@ -219,7 +220,8 @@ class _ObjectiveTrainer(PortableCheckpoints):
             mask_BK = packing.goes_on(tokens_BL, self.end)
             hidden_TD = self._hidden_states(model, tokens_BL)[:, :-1][mask_BK]
             if number == len(self._heldout_rows):
-                self._heldout_rows.append(self._teacher_rows(tokens_BL, mask_BK))
+                beside = self._teacher_rows(tokens_BL, mask_BK) if self.one_vocabulary else None
+                self._heldout_rows.append(beside)
             labels_T = tokens_BL[:, 1:][mask_BK]
             sums += self._heldout_sums(hidden_TD, labels_T, self._heldout_rows[number]).cpu()
             count += len(labels_T)
