@@ -26,7 +26,7 @@ from trt_kd.stages.matching import (
     check_processes,
     check_sizes,
     check_teacher,
-    on_policy_problem,
+    option_problem,
 )
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Demand, Teacher
@@ -162,9 +162,9 @@ class DistillConfig(Schedule, StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _student_can_write(self) -> Self:
-        if problem := on_policy_problem(self):
-            raise ValueError(f"on_policy: {problem}")
+    def _options_fit_together(self) -> Self:
+        if problem := option_problem(self):
+            raise ValueError(problem)
         return self
 
     @property
@@ -207,6 +207,7 @@ class DistillConfig(Schedule, StageConfig):
                 "response_weight": over_whole_run(self.response_weight),
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
                 "features": [feature.rehearsal() for feature in self.features],
+                "features_if": None,
                 "on_policy": self.on_policy and self.on_policy.rehearsal(),
                 "stop_on": [],
             }
@@ -224,6 +225,7 @@ class DistillConfig(Schedule, StageConfig):
                 "teacher": OnlineTeacher(),
                 "allow_smaller_teacher": False,
                 "features": [],
+                "features_if": None,
                 "on_policy": None,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }

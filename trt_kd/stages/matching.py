@@ -11,6 +11,8 @@ from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
     from trt_kd.stages.distill import DistillConfig
+    from trt_kd.training.escalation import Escalation
+    from trt_kd.training.on_policy import OnPolicy
 
 
 def check_teacher(config: "DistillConfig", *, has_teacher: bool) -> None:
@@ -87,11 +89,18 @@ def check_sizes(config: "DistillConfig", *, student: Path, teacher: Path) -> Non
         )
 
 
-def on_policy_problem(config: "DistillConfig") -> str | None:
-    """Why the student cannot learn from its own text with these settings; None where it can."""
-    wanted = config.on_policy
-    if wanted is None:
-        return None
+def option_problem(config: "DistillConfig") -> str | None:
+    """Why an option makes no sense beside the others; None where all do."""
+    found: dict[str, str | None] = {
+        "on_policy": _on_policy_problem(config, config.on_policy) if config.on_policy else None,
+        "features_if": _escalation_problem(config, config.features_if)
+        if config.features_if
+        else None,
+    }
+    return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
+
+
+def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | None:
     drawn = [step for step in range(config.steps) if wanted.draws(step, config.seed)]
     weights = (weight_at(config.response_weight, step, config.steps) for step in drawn)
     teacher, block = config.teacher, config.data.block_tokens
@@ -116,6 +125,29 @@ def on_policy_problem(config: "DistillConfig") -> str | None:
         ),
         "task_weight has no effect: share 1 leaves no step with true tokens": wanted.share == 1
         and peak(config.task_weight) > 0,
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def _escalation_problem(config: "DistillConfig", wanted: "Escalation") -> str | None:
+    after, monitor = wanted.after_steps, config.monitor
+    problems = {
+        "no effect: there are no features": not config.features,
+        "response_weight is 0: there is no gap to the teacher to close first": not peak(
+            config.response_weight
+        ),
+        f"after_steps {after} must be below steps {config.steps}": after >= config.steps,
+        "the gap is measured by the monitor: leave monitor: null out": monitor is None,
+        f"step {after} is not measured: make after_steps a multiple of monitor.every_steps": (
+            monitor is not None and not monitor.due(after, config.steps)
+        ),
+        "a feature that is learnt alone begins at once: leave alone out": any(
+            feature.alone for feature in config.features
+        ),
+        f"a feature ends before step {after}: leave until_step out": any(
+            feature.until_step is not None and feature.until_step <= after
+            for feature in config.features
+        ),
     }
     return next((problem for problem, found in problems.items() if found), None)
 

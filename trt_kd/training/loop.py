@@ -23,7 +23,7 @@ from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.crossing import CrossTrainer
 from trt_kd.training.distributed import STEP_LIMIT
-from trt_kd.training.feature_terms import KeepFeatures, terms_of
+from trt_kd.training.feature_terms import Escalate, KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
 from trt_kd.training.packing import check_packing
@@ -95,6 +95,8 @@ def train(
         features = terms_of(schedule, student, teacher)
         if features is not None:  # its file belongs to a checkpoint: before the marker
             settings["callbacks"].insert(0, KeepFeatures(features, checkpoints))
+            if schedule.features_if is not None:
+                settings["callbacks"].append(Escalate(features, schedule.features_if))
         trainer = _trainer(teacher, settings, run)
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
