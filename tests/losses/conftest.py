@@ -158,6 +158,14 @@ def mft(loss, q, p, labels):
     return total
 
 
+def uld(loss, q, p, labels):
+    return sum(
+        abs(a - b)
+        for row_q, row_p in zip(q, p, strict=True)
+        for a, b in zip(sorted(row_q, reverse=True), sorted(row_p, reverse=True), strict=True)
+    )
+
+
 REFERENCES = {
     function.__name__: function
     for function in (
@@ -172,6 +180,7 @@ REFERENCES = {
         adaptive_kl,
         dkd,
         mft,
+        uld,
     )
 }
 

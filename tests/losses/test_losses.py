@@ -40,12 +40,17 @@ def test_the_registered_name_is_the_default_kind(name):
 
 def test_the_exceptions_to_the_laws_are_these():
     assert declared("zero_at_agreement", False) == ["mft"]
-    assert declared("smooth", False) == ["total_variation"]
+    assert declared("smooth", False) == ["total_variation", "uld"]
+    assert declared("any_vocabulary", True) == ["uld"]
     assert declared("detached_weights", True) == ["adaptive_kl"]
     assert sorted(declared("needs_labels", True)) == ["dkd", "mft"]
-    assert sorted(declared("f_divergence", False)) == ["adaptive_kl", "alpha_beta", "dkd", "mft"]
+    assert sorted(declared("f_divergence", False)) == [
+        *("adaptive_kl", "alpha_beta", "dkd", "mft", "uld")
+    ]
     fields = {name: LOSSES.load(name).model_fields for name in LOSSES.names()}
-    assert [name for name in fields if "temperature" not in fields[name]] == ["total_variation"]
+    assert [name for name in fields if "temperature" not in fields[name]] == [
+        *("total_variation", "uld")
+    ]
 
 
 def test_zero_at_agreement_unless_it_says_otherwise(case, whole):
@@ -209,8 +214,13 @@ def test_the_sum_is_float32_and_the_gradient_as_the_logits(loss, whole):
         assert gradient.dtype == dtype
 
 
-def test_other_vocabularies_are_refused(loss, batch):
+def test_other_vocabularies_are_refused_or_taken_as_they_are(loss, batch):
     student, teacher, mask, labels = batch
+    if loss.any_vocabulary:
+        wider = torch.cat([teacher, torch.full((TOKENS, 3), -200.0)], -1)
+        found, known = (loss(student, rows, mask, labels) for rows in (wider, teacher))
+        torch.testing.assert_close(found, known)
+        return
     for function in (loss, loss.value_and_gradient):
         with pytest.raises(ValueError, match="one tokenizer"):
             function(student, teacher[:, :-1], mask, labels)

@@ -119,6 +119,67 @@ def first_batch(config, artifact, count=2):
     return torch.from_numpy(np.array(blocks))
 
 
+# --- when it joins ------------------------------------------------------------------------------
+
+
+def escalating(settings, gap):
+    feature = {"loss": "mse", "pairs": [[0, 0]], "projector": "linear"}
+    monitor = {"every_steps": 2, "blocks": 1, "skip_blocks": 0}
+    wanted = {"after_steps": 2, "gap_nats": gap}
+    return settings(feature, features_if=wanted, monitor=monitor, steps=5, learning_rate=1e-4)
+
+
+@pytest.fixture(scope="module")
+def joined(settings, roles, tmp_path_factory):
+    out = tmp_path_factory.mktemp("joined") / "out"
+    return distill(escalating(settings, 1e-6), **roles, out=out)
+
+
+def test_features_join_after_the_step_only_where_a_gap_remains(settings, roles, joined, tmp_path):
+    found = [any(name.startswith("feature_") for name in row) for row in history(joined)]
+    assert found == [False, False, True, True, True]
+    enough = distill(escalating(settings, 1e6), **roles, out=tmp_path / "enough")
+    plain = distill(settings(steps=5, learning_rate=1e-4), **roles, out=tmp_path / "plain")
+    assert history(enough) == history(plain)
+    assert history(joined)[:2] == history(plain)[:2]
+    torch.testing.assert_close(weights(enough), weights(plain), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_what_was_decided_outlives_a_cut(settings, roles, joined, tmp_path, monkeypatch, step):
+    from trt_kd.training import callbacks
+
+    def cut(self, args, state, control, **_):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    config = escalating(settings, 1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, **roles, out=tmp_path / "out")
+    assert_same_run(distill(config, **roles, out=tmp_path / "out"), joined)
+
+
+@pytest.mark.parametrize(
+    ("feature", "changes", "message"),
+    [
+        (None, {}, "features_if: no effect: there are no features"),
+        ({}, {"response_weight": 0, "task_weight": 1}, "response_weight is 0"),
+        ({}, {"steps": 2}, "after_steps 2 must be below steps 2"),
+        ({}, {"monitor": None}, "leave monitor: null out"),
+        ({}, {"monitor": {"every_steps": 3}}, "step 2 is not measured"),
+        ({"alone": True, "until_step": 3}, {}, "leave alone out"),
+        ({"until_step": 2}, {}, "a feature ends before step 2"),
+    ],
+)
+def test_a_decision_that_cannot_be_made_is_refused(settings, feature, changes, message):
+    plain = {"monitor": {"every_steps": 1}, "features_if": {"after_steps": 2, "gap_nats": 0.1}}
+    features = [] if feature is None else [{"loss": "gram", **feature}]
+    with pytest.raises(ValidationError, match=message):
+        settings(*features, **plain | changes)
+
+
 # --- what it learns -----------------------------------------------------------------------------
 
 

@@ -282,11 +282,13 @@ def test_every_teacher_makes_ready_what_training_takes(
 ):
     member: Teacher = TEACHERS.load(kind).model_validate({"kind": kind} | teacher_options(kind))
     blocks = token_blocks(settings().data, load_tokenizer(teacher.path), split="train", count=2)
-    targets = member.targets(teacher.path, Demand(blocks, "fp32", tmp_path))
+    targets = member.targets(teacher.path, Demand(blocks, "fp32", tmp_path, None, teacher.path))
     if isinstance(targets, Cache):
         assert targets.holds(blocks).all()
     else:
-        models = targets.models if isinstance(targets, Mixture) else [targets]
+        models = (
+            targets.models if isinstance(targets, Mixture) else [getattr(targets, "model", targets)]
+        )
         assert not any(one.requires_grad for model in models for one in model.parameters())
 
 

@@ -20,6 +20,12 @@ def decay(step, start, end, half=60):
     return end + (start - end) * 0.5 ** (step / half)
 
 
+def write(steps, jitter):
+    """Texts of the student that become a little shorter."""
+    for row in steps:
+        row["generated_tokens"] = decay(row["step"], 50, 40) * jitter()
+
+
 def healthy(seed=0, noise=0.1, *, task=True, response=True, features=True, sign=1):
     """A run whose losses fall to a floor under the noise of small batches."""
     source = random.Random(seed)
@@ -54,6 +60,7 @@ def healthy(seed=0, noise=0.1, *, task=True, response=True, features=True, sign=
                 held |= {f"grad_norm_layer_{n}": scale * jitter() / (n + 1) for n in range(LAYERS)}
                 held["grad_norm_outside_layers"] = scale
             measured.append(held)
+    write(steps[::3], jitter)
     return steps, measured
 
 
@@ -91,6 +98,18 @@ def late_pairs_diverge(steps, measured):
         row["feature_mse_2_6"] *= 1.0 + 0.01 * (row["step"] - 100)
 
 
+def texts_shrink(steps, measured):
+    for row in steps:
+        if "generated_tokens" in row:
+            row["generated_tokens"] *= 0.5 ** (row["step"] / 60)
+
+
+def texts_grow(steps, measured):
+    for row in steps:
+        if "generated_tokens" in row:
+            row["generated_tokens"] *= 2 ** (row["step"] / 60)
+
+
 SICK = {
     "task_stalls": [task_stalls],
     "response_rises": [response_rises, response_spikes],
@@ -98,6 +117,7 @@ SICK = {
     "entropy_collapse": [entropy_collapse],
     "feature_collapse": [feature_collapse],
     "late_pairs_diverge": [late_pairs_diverge],
+    "length_drift": [texts_shrink, texts_grow],
 }
 
 

@@ -21,6 +21,7 @@ LOSSES: Registry[type[KDLoss]] = Registry(
         "adaptive_kl": "trt_kd.losses.adaptive:AdaptiveKL",
         "dkd": "trt_kd.losses.dkd:DecoupledKD",
         "mft": "trt_kd.losses.mft:Minifinetuning",
+        "uld": "trt_kd.losses.uld:UniversalLogit",
     },
 )
 

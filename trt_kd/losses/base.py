@@ -30,6 +30,8 @@ class KDLoss(Plugin, ABC):
     """False where the gradient jumps; a subgradient is returned there."""
     detached_weights: ClassVar[bool] = False
     """Whether weights that follow the student are held constant by the gradient."""
+    any_vocabulary: ClassVar[bool] = False
+    """Whether the two may have different vocabularies; else unequal shapes are refused."""
     f_divergence: ClassVar[bool] = False
     """Whether merging tokens never raises the loss, so that top-k gives a lower bound of it."""
 

@@ -1,9 +1,9 @@
-"""Skewed KL, total variation, alpha-beta and adaptive KL between rows of logits.
+"""Skewed KL, total variation, alpha-beta, adaptive KL, sorted gaps between rows of logits.
 
 As in ``maths``, ``x_gradient`` returns what ``x`` returns and the gradient in closed form; p is
 the teacher, q the student.
 
-Shape suffixes: T tokens, V vocabulary, N valid tokens.
+Shape suffixes: T tokens, V vocabulary, U another one, N valid tokens.
 """
 
 import torch
@@ -16,6 +16,8 @@ from trt_kd.losses.maths import (
     scatter_rows,
     softened,
     through_softmax,
+    valid,
+    wide,
 )
 
 HEAD_TOKENS = 64
@@ -185,3 +187,36 @@ def _head_sum(gap_NV: Tensor, p_NV: Tensor, head: float, count: int) -> tuple[Te
     inside_NK = top_NK.cumsum_(-1) <= head
     inside_NK[:, 0] = True
     return (gap_NV.gather(-1, ids_NK) * inside_NK).sum(-1, keepdim=True), inside_NK[:, -1]
+
+
+def sorted_gap(student_TV: Tensor, teacher_TU: Tensor, mask_T: Tensor) -> Tensor:
+    """Sum over ranks of |p - q|, probabilities sorted from large to small, zeros after the last.
+
+    The vocabularies, of V and U tokens, may differ.
+    """
+    q = wide(valid(student_TV, mask_T)).softmax(-1)
+    gap, _ = _rank_gap(q, teacher_TU, mask_T)
+    return gap.abs().sum()
+
+
+def sorted_gap_gradient(
+    student_TV: Tensor, teacher_TU: Tensor, mask_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ``sorted_gap`` and a subgradient; by q it is the sign of its own rank's gap."""
+    with torch.no_grad():
+        q = wide(valid(student_TV, mask_T)).softmax(-1)
+        gap, order = _rank_gap(q, teacher_TU, mask_T)
+        value = gap.abs().sum()
+        signs = gap[:, : q.shape[1]].sign()
+        weighted = torch.empty_like(q).scatter_(-1, order, signs).mul_(q)
+        gradient_NV = through_softmax(q, weighted)
+    return value, scatter_rows(gradient_NV, student_TV, mask_T)
+
+
+def _rank_gap(q_NV: Tensor, teacher_TU: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
+    """By rank q - p, as wide as the larger vocabulary, and q's token at each rank ``[N, V]``."""
+    p_NU = wide(valid(teacher_TU, mask_T).detach()).softmax(-1)
+    ranked_NV, order_NV = q_NV.sort(-1, descending=True)
+    ranked_NU = p_NU.sort(-1, descending=True).values
+    more = ranked_NU.shape[1] - ranked_NV.shape[1]
+    return F.pad(ranked_NV, (0, max(0, more))) - F.pad(ranked_NU, (0, max(0, -more))), order_NV

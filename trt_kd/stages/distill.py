@@ -19,7 +19,15 @@ from trt_kd.losses.base import KDLoss
 from trt_kd.losses.kl import ForwardKL
 from trt_kd.optional import require
 from trt_kd.seeding import seed_everything
-from trt_kd.stages.matching import check_pair, check_processes, check_sizes, check_teacher
+from trt_kd.stages.matching import (
+    check_context,
+    check_other_tokenizer,
+    check_pair,
+    check_processes,
+    check_sizes,
+    check_teacher,
+    option_problem,
+)
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers.base import Demand, Teacher
 from trt_kd.teachers.online import OnlineTeacher
@@ -145,10 +153,18 @@ class DistillConfig(Schedule, StageConfig):
 
     @model_validator(mode="after")
     def _teachers_can_be_sharded(self) -> Self:
-        if self.sharding != "none" and self.uses_teacher and self.teacher.kind == "several":
+        kinds = ("several", "cross_tokenizer")
+        if self.sharding != "none" and self.uses_teacher and self.teacher.kind in kinds:
             raise ValueError(
-                f"sharding {self.sharding} takes one teacher, not several: write sharding: none"
+                f"sharding {self.sharding} takes one teacher, not {self.teacher.kind}: write "
+                "sharding: none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        if problem := option_problem(self):
+            raise ValueError(problem)
         return self
 
     @property
@@ -163,6 +179,8 @@ class DistillConfig(Schedule, StageConfig):
             "monitor": self.monitor is not None,
             "response": peak(self.response_weight) > 0,
             "features": bool(self.features),
+            "on_policy": self.on_policy is not None,
+            "common_tokenizer": self.teacher.same_tokens,
         }
         return frozenset(need for need, there in found.items() if there)
 
@@ -189,6 +207,8 @@ class DistillConfig(Schedule, StageConfig):
                 "response_weight": over_whole_run(self.response_weight),
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
                 "features": [feature.rehearsal() for feature in self.features],
+                "features_if": None,
+                "on_policy": self.on_policy and self.on_policy.rehearsal(),
                 "stop_on": [],
             }
         )
@@ -205,6 +225,8 @@ class DistillConfig(Schedule, StageConfig):
                 "teacher": OnlineTeacher(),
                 "allow_smaller_teacher": False,
                 "features": [],
+                "features_if": None,
+                "on_policy": None,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }
         )
@@ -229,8 +251,12 @@ def distill(
     training = config
     if teacher is not None:
         for path in (teacher.path, *config.teacher.further()):
-            check_pair(student=student.path, teacher=path)
+            if config.teacher.same_tokens:
+                check_pair(student=student.path, teacher=path)
+            else:
+                check_other_tokenizer(student=student.path, teacher=path)
         check_sizes(config, student=student.path, teacher=teacher.path)
+        check_context(config, student=student.path, teacher=teacher.path)
         training = _with_pairs(config, student, teacher)
     require_modelopt()
     inputs = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
@@ -248,7 +274,7 @@ def distill(
         model = load_model(student.path, dtype="float32")
         asked = teacher or (student if config.uses_teacher else None)
         end = tokenizer.eos_token_id if config.packing.reset else None
-        run = Run(training, work, processes, end)
+        run = Run(training, work, processes, end, student.path)
         log = train_in(run, training, model, text, asked.path if asked else None)
         trained = _in_one_piece(model, student.path)
         if draft is not None and trained is not None:
@@ -319,10 +345,13 @@ def train_in(
             weight_at(weight, step, config.steps)
             for weight in (config.task_weight, config.response_weight)
         )
+        if config.on_policy is not None and config.on_policy.draws(step, config.seed):
+            task = 0.0  # there are no true tokens
         return Objective(config.loss, task, response, config.label_smoothing)
 
     seen = text.blocks if text.heldout is None else np.concatenate([text.blocks, text.heldout])
-    demand = Demand(seen, config.precision, run.work, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    demand = Demand(seen, config.precision, run.work, vocabulary, run.tokenizer)
     with run.processes.main_first():  # it writes a cache, the others read it
         targets = config.teacher.targets(teacher, demand) if isinstance(teacher, Path) else teacher
     if config.features:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ConfigError, ModelError
-from trt_kd.evaluation.vocabulary import check_padding
-from trt_kd.training.weights import peak
+from trt_kd.evaluation.vocabulary import check_padding, context_tokens, tokenizer_identity
+from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
     from trt_kd.stages.distill import DistillConfig
+    from trt_kd.training.escalation import Escalation
+    from trt_kd.training.on_policy import OnPolicy
 
 
 def check_teacher(config: "DistillConfig", *, has_teacher: bool) -> None:
@@ -50,9 +52,24 @@ def check_pair(*, student: Path, teacher: Path) -> None:
     vocabularies = {"student": read_shape(student).vocab, "teacher": read_shape(teacher).vocab}
     check_padding(**vocabularies, tokenizer=student)
     if _digest(student / "tokenizer.json") != _digest(teacher / "tokenizer.json"):
+        other = tokenizer_identity(student) != tokenizer_identity(teacher)
         raise ModelError(
             f"tokenizer.json of {student} and {teacher} differ",
-            hint="token distillation needs one tokenizer: prune the student from this teacher",
+            hint="token distillation needs one tokenizer: prune the student from this teacher"
+            + (", or set teacher=cross_tokenizer loss=uld" if other else ""),
+        )
+
+
+def check_other_tokenizer(*, student: Path, teacher: Path) -> None:
+    """Check that a teacher which is said to have another tokenizer does have one.
+
+    Raises:
+        ModelError: if it has the student's, or one is missing.
+    """
+    if tokenizer_identity(student) == tokenizer_identity(teacher):
+        raise ModelError(
+            f"{student} and {teacher} have one tokenizer",
+            hint="write teacher: online and a loss that compares token with token",
         )
 
 
@@ -69,6 +86,85 @@ def check_sizes(config: "DistillConfig", *, student: Path, teacher: Path) -> Non
         raise ModelError(
             f"the teacher has {large:,} parameters, fewer than the student's {small:,}",
             hint="give them the other way round, or set allow_smaller_teacher=true",
+        )
+
+
+def option_problem(config: "DistillConfig") -> str | None:
+    """Why an option makes no sense beside the others; None where all do."""
+    found: dict[str, str | None] = {
+        "on_policy": _on_policy_problem(config, config.on_policy) if config.on_policy else None,
+        "features_if": _escalation_problem(config, config.features_if)
+        if config.features_if
+        else None,
+    }
+    return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
+
+
+def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | None:
+    drawn = [step for step in range(config.steps) if wanted.draws(step, config.seed)]
+    weights = (weight_at(config.response_weight, step, config.steps) for step in drawn)
+    teacher, block = config.teacher, config.data.block_tokens
+    problems = {
+        "response_weight is 0: only a teacher can judge what the student writes": not peak(
+            config.response_weight
+        ),
+        f"a {teacher.kind} teacher has not read what the student will write: write teacher: "
+        "online": not teacher.runs_beside,
+        f"{config.loss.kind} needs the true next tokens, which the student's own text has not: "
+        "take another loss": config.loss.needs_labels,
+        "the student continues a block as one text: leave packing.reset out": config.packing.reset,
+        f"the student cannot write while it is sharded: write sharding: none, not "
+        f"{config.sharding}": config.sharding != "none",
+        f"prompt_tokens {wanted.prompt_tokens} must be at most data.block_tokens {block}": (
+            wanted.prompt_tokens > block
+        ),
+        f"no effect: share {wanted.share:g} draws none of {config.steps} steps with seed "
+        f"{config.seed}": not drawn,
+        "response_weight is 0 at a step at which the student writes: nothing to learn": not all(
+            weights
+        ),
+        "task_weight has no effect: share 1 leaves no step with true tokens": wanted.share == 1
+        and peak(config.task_weight) > 0,
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def _escalation_problem(config: "DistillConfig", wanted: "Escalation") -> str | None:
+    after, monitor = wanted.after_steps, config.monitor
+    problems = {
+        "no effect: there are no features": not config.features,
+        "response_weight is 0: there is no gap to the teacher to close first": not peak(
+            config.response_weight
+        ),
+        f"after_steps {after} must be below steps {config.steps}": after >= config.steps,
+        "the gap is measured by the monitor: leave monitor: null out": monitor is None,
+        f"step {after} is not measured: make after_steps a multiple of monitor.every_steps": (
+            monitor is not None and not monitor.due(after, config.steps)
+        ),
+        "a feature that is learnt alone begins at once: leave alone out": any(
+            feature.alone for feature in config.features
+        ),
+        f"a feature ends before step {after}: leave until_step out": any(
+            feature.until_step is not None and feature.until_step <= after
+            for feature in config.features
+        ),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def check_context(config: "DistillConfig", *, student: Path, teacher: Path) -> None:
+    """Check that prompts and what the student adds fit into both models.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    wanted = config.on_policy
+    limit = min(context_tokens(student), context_tokens(teacher))
+    if wanted is not None and wanted.prompt_tokens + wanted.new_tokens > limit:
+        raise ConfigError(
+            f"on_policy: prompt_tokens {wanted.prompt_tokens} and new_tokens {wanted.new_tokens} "
+            f"are more than the context of {limit} tokens",
+            hint="lower one of them",
         )
 
 

@@ -10,5 +10,6 @@ TEACHERS: Registry[type[Teacher]] = Registry(
         "cached": "trt_kd.teachers.cached:CachedTeacher",
         "served": "trt_kd.teachers.served:ServedTeacher",
         "several": "trt_kd.teachers.several:SeveralTeachers",
+        "cross_tokenizer": "trt_kd.teachers.cross_tokenizer:CrossTokenizerTeacher",
     },
 )

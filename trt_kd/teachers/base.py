@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from trt_kd.losses.base import KDLoss
     from trt_kd.teachers.cache import Cache
+    from trt_kd.teachers.cross_tokenizer import Translated
     from trt_kd.teachers.mixing import Mixture
 
-    Targets: TypeAlias = PreTrainedModel | Mixture | Cache
+    Targets: TypeAlias = PreTrainedModel | Mixture | Translated | Cache
 
 Precision = Literal["bf16", "fp32"]
 CHECKED_BLOCKS = 4
@@ -38,6 +39,8 @@ class Demand:
     """Folder for what shall survive a kill."""
     vocabulary: int | None = None
     """Tokens of the student's output head; None if as many as the teacher's."""
+    tokenizer: Path | None = None
+    """Folder of the student's tokenizer."""
 
 
 class Teacher(Plugin, ABC):
@@ -47,6 +50,8 @@ class Teacher(Plugin, ABC):
     """Whether the teacher runs beside the student, so that its layers can be read."""
     runs_beside: ClassVar[bool] = False
     """Whether it runs in every step on the student's own inputs; else its rows come from disk."""
+    same_tokens: ClassVar[bool] = True
+    """Whether it has the student's tokenizer; else losses compare without knowing tokens."""
     needs_checkpoint: ClassVar[bool] = True
     """Whether it reads a checkpoint of the teacher; else it is given the student's."""
 

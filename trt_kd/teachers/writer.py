@@ -60,10 +60,10 @@ def continuations(
             f"teacher's context of {context}",
             hint="lower new_tokens or prompt_tokens",
         )
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model, tokenizer.eos_token_id)
     rows = [[ends[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
     seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    runner.generation_config = _settings(choice, ends)
+    runner.generation_config = settings_of(choice, ends)
     torch.manual_seed(seed)
     with torch.autocast(device, torch.bfloat16, enabled=choice.precision == "bf16"):
         made_BL = runner.generate(
@@ -73,7 +73,7 @@ def continuations(
     return [_until_end(row, ends) for row in made_BL[:, longest:].tolist()]
 
 
-def _settings(choice: Choice, ends: list[int]) -> Any:
+def settings_of(choice: Choice, ends: list[int]) -> Any:
     """Settings of our own alone: those in the checkpoint may penalize or sample."""
     from transformers import GenerationConfig
 
@@ -87,17 +87,20 @@ def _settings(choice: Choice, ends: list[int]) -> Any:
         }
     made: Any = GenerationConfig
     return made(
-        max_new_tokens=choice.new_tokens, eos_token_id=ends, pad_token_id=ends[0], **sampling
+        max_new_tokens=choice.new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+        **sampling,
     )
 
 
-def _ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokens that end a text: the tokenizer's, then those that the checkpoint names."""
+def ends_of(model: "PreTrainedModel", eos: int | None) -> list[int]:
+    """Tokens that end a text: the tokenizer's ``eos``, then those that the checkpoint names."""
     settings: Any = model.generation_config
     named = settings.eos_token_id if settings is not None else None
     listed = named if isinstance(named, list) else [named]
-    found = [tokenizer.eos_token_id, *listed]
-    return list(dict.fromkeys(int(token) for token in found if token is not None))
+    return list(dict.fromkeys(int(token) for token in (eos, *listed) if token is not None))
 
 
 def _until_end(ids: list[int], ends: list[int]) -> Written:

@@ -20,8 +20,9 @@ AlarmName: TypeAlias = Literal[
     "entropy_collapse",
     "feature_collapse",
     "late_pairs_diverge",
+    "length_drift",
 ]
-Need: TypeAlias = Literal["monitor", "response", "features"]
+Need: TypeAlias = Literal["monitor", "response", "features", "on_policy", "common_tokenizer"]
 Row: TypeAlias = Mapping[str, float]
 Rows: TypeAlias = Sequence[Row]
 
@@ -108,13 +109,22 @@ def late_pairs_diverge(steps: Rows, measured: Rows) -> bool:
     return any(_risen(values, 1.3) for values in ordered[(len(ordered) + 1) // 2 :])
 
 
+def length_drift(steps: Rows, measured: Rows) -> bool:
+    """What the student writes is half as long as before, or twice: medians of ten such steps."""
+    values = _values(steps, "generated_tokens")
+    if len(values) < 2 * BLOCK:
+        return False
+    first, newest = median(values[:BLOCK]), median(values[-BLOCK:])
+    return newest < 0.5 * first or newest > 2 * first
+
+
 ALARMS: tuple[Alarm, ...] = (
     Alarm(
         "task_stalls",
         "the student comes closer to the teacher on held-out text, its task loss no longer gains",
         "stop here, raise task_weight late in the run, or correct the teacher on this text first",
         "Cho and Hariharan 2019, arXiv:1910.01348",
-        frozenset({"monitor", "response"}),
+        frozenset({"monitor", "response", "common_tokenizer"}),
         task_stalls,
     ),
     Alarm(
@@ -156,6 +166,14 @@ ALARMS: tuple[Alarm, ...] = (
         "Passban et al. 2021, arXiv:2012.14022",
         frozenset({"features"}),
         late_pairs_diverge,
+    ),
+    Alarm(
+        "length_drift",
+        "the student's own texts become much shorter or longer",
+        "lower on_policy.share or learning_rate, or set on_policy.temperature to 1",
+        "Gu et al. 2024, arXiv:2306.08543",
+        frozenset({"on_policy"}),
+        length_drift,
     ),
 )
 """Every alarm."""

@@ -4,11 +4,12 @@ Shape suffixes: B sequences, L positions, K positions that predict, T valid toke
 rows, D width.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,14 +26,19 @@ from typing_extensions import Self
 from trt_kd.losses.features.base import Reading
 from trt_kd.losses.features.maths import widened
 from trt_kd.losses.features.normalising import normalised
-from trt_kd.teachers.cache import Cache
-from trt_kd.teachers.mixing import Mixture
 from trt_kd.training.checkpointing import PREFIX
+from trt_kd.training.escalation import Escalation
 from trt_kd.training.features import Feature
+from trt_kd.training.history import MEASURED
 from trt_kd.training.pairing import Pair
 from trt_kd.training.reading import Seen, reading
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.weights import weight_at
+
+if TYPE_CHECKING:
+    from trt_kd.teachers.base import Targets
+
+logger = logging.getLogger(__name__)
 
 FILE = "features.safetensors"
 """Projectors and memories in a training checkpoint."""
@@ -120,6 +126,7 @@ class FeatureTerms(nn.Module):
         """
         super().__init__()
         self.steps = steps
+        self.joined = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.terms = nn.ModuleList(
@@ -128,7 +135,7 @@ class FeatureTerms(nn.Module):
 
     def at(self, step: int) -> list[Term]:
         """Terms of the objective at ``step``, counted from 0."""
-        terms: list[Any] = list(self.terms)
+        terms: list[Any] = list(self.terms) if self.joined else []
         return [term for term in terms if term.feature.runs_at(step)]
 
     def alone(self, step: int) -> bool:
@@ -183,7 +190,7 @@ class FeatureTerms(nn.Module):
 
 
 def terms_of(
-    schedule: Schedule, student: PreTrainedModel, teacher: PreTrainedModel | Mixture | Cache | None
+    schedule: Schedule, student: PreTrainedModel, teacher: "Targets | None"
 ) -> FeatureTerms | None:
     """The terms that ``schedule`` asks for, or None.
 
@@ -217,6 +224,41 @@ class KeepFeatures(TrainerCallback):
     ) -> None:
         """Write beside the student's weights; called before the checkpoint is marked complete."""
         self.terms.save(self.checkpoints / f"{PREFIX}{state.global_step}")
+
+
+class Escalate(TrainerCallback):
+    """Keeps the terms out until a measurement has decided; a resumed run finds that in its log."""
+
+    def __init__(self, terms: FeatureTerms, config: Escalation) -> None:
+        self.terms = terms
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin without the terms, or as the log says."""
+        self.terms.joined = False
+        for entry in state.log_history:
+            self._see(entry)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide at the measurement of that step."""
+        self._see(state.log_history[-1])
+
+    def _see(self, entry: dict[str, Any]) -> None:
+        if MEASURED not in entry or entry["step"] != self.config.after_steps:
+            return
+        gap, limit = entry["heldout_kl_nats_per_token"], self.config.gap_nats
+        self.terms.joined = gap > limit
+        logger.info(
+            "step %d: %.4f nats from the teacher, %.4f may remain: %s",
+            entry["step"],
+            gap,
+            limit,
+            "features join" if self.terms.joined else "no features",
+        )
 
 
 def _pairs(feature: Feature) -> list[Pair]:

@@ -20,10 +20,14 @@ from torch.nn import functional as F
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
 from trt_kd.losses.top_k import TopK
+from trt_kd.teachers.gapped import GappedRows
 from trt_kd.teachers.mixing import MixedRows
 
-TeacherRows: TypeAlias = Tensor | TopK | MixedRows
-"""What a teacher says: dense logits, top-k log-probabilities, or logits mixed on demand."""
+TeacherRows: TypeAlias = Tensor | TopK | MixedRows | GappedRows
+"""What a teacher says: dense logits, top-k log-probabilities, logits mixed on demand, or logits of
+some rows only."""
+Piece: TypeAlias = Tensor | TopK | GappedRows
+"""The same for a few rows, as a loss sees it."""
 GROUP_BYTES = {"cpu": 32 << 20}
 """Size of one group's logits, by device; student and teacher have one each. A smaller group costs
 time, a larger one gains none."""
@@ -45,7 +49,7 @@ class Objective:
     label_smoothing: float = 0.0
 
     def parts(
-        self, student_TV: Tensor, teacher: Tensor | TopK | None, labels_T: Tensor
+        self, student_TV: Tensor, teacher: Piece | None, labels_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Task sum and response sum, unweighted, and the gradient of the weighted sum.
 
@@ -70,12 +74,14 @@ class Objective:
         return task, response, gradient_TV
 
     def _response(
-        self, student_TV: Tensor, teacher: Tensor | TopK | None, mask_T: Tensor, labels_T: Tensor
+        self, student_TV: Tensor, teacher: Piece | None, mask_T: Tensor, labels_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         if teacher is None:
             raise ValueError("the response term needs a teacher's rows")
         if isinstance(teacher, TopK):
             return self.loss.top_k_value_and_gradient(student_TV, teacher, mask_T, labels_T)
+        if isinstance(teacher, GappedRows):
+            return self.loss.value_and_gradient(student_TV, teacher.logits, teacher.known, labels_T)
         return self.loss.value_and_gradient(student_TV, teacher, mask_T, labels_T)
 
 

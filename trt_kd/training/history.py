@@ -17,6 +17,8 @@ NAMES = {
     "task_weight": "task_weight",
     "response_weight": "response_weight",
     "dropped_teacher_mass": "dropped_teacher_mass",
+    "generated_tokens": "generated_tokens",
+    "aligned_share": "aligned_share",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "seconds",
@@ -82,6 +84,7 @@ def training_metrics(log: TrainingLog, tokens: int) -> dict[str, Metric]:
         "tokens_per_s": tokens / seconds,
         **final_losses(log.steps),
         **dropped_mass(log.steps),
+        **aligned_share(log.steps),
         **final_measurement(log.measured),
         "alarms": [
             {"name": a.name, "step": raised[a.name], "says": a.says, "advice": a.advice}
@@ -124,6 +127,15 @@ def dropped_mass(history: list[Row]) -> dict[str, float]:
     """
     shares = [row["dropped_teacher_mass"] for row in history if "dropped_teacher_mass" in row]
     return {"dropped_teacher_mass": sum(shares) / len(shares)} if shares else {}
+
+
+def aligned_share(history: list[Row]) -> dict[str, float]:
+    """Mean share, over all steps, of tokens at which a teacher with another tokenizer was heard.
+
+    Empty where it has the student's.
+    """
+    shares = [row["aligned_share"] for row in history if "aligned_share" in row]
+    return {"aligned_share": sum(shares) / len(shares)} if shares else {}
 
 
 def write_rows(rows: list[Row], path: Path) -> None:

@@ -13,16 +13,21 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from trt_kd.checkpoints import load_tokenizer
 from trt_kd.teachers.cache import Cache
+from trt_kd.teachers.cross_tokenizer import Translated
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
+from trt_kd.teachers.writer import ends_of
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
+from trt_kd.training.crossing import CrossTrainer
 from trt_kd.training.distributed import STEP_LIMIT
-from trt_kd.training.feature_terms import KeepFeatures, terms_of
+from trt_kd.training.feature_terms import Escalate, KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
 from trt_kd.training.packing import check_packing
+from trt_kd.training.rollout import Rollout
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
@@ -39,6 +44,8 @@ from trt_kd.training.watching import Alarms, Monitor
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from trt_kd.teachers.base import Targets
+
 logger = logging.getLogger(__name__)
 
 _READ = ("ACCELERATE_", "FSDP_")
@@ -47,7 +54,7 @@ _READ = ("ACCELERATE_", "FSDP_")
 
 def train(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | Mixture | Cache | None,
+    teacher: "Targets | None",
     text: Text,
     *,
     objective_at: ObjectiveAt,
@@ -88,10 +95,13 @@ def train(
         features = terms_of(schedule, student, teacher)
         if features is not None:  # its file belongs to a checkpoint: before the marker
             settings["callbacks"].insert(0, KeepFeatures(features, checkpoints))
+            if schedule.features_if is not None:
+                settings["callbacks"].append(Escalate(features, schedule.features_if))
         trainer = _trainer(teacher, settings, run)
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
+        trainer.rollout = _rollout(student, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -111,9 +121,7 @@ def train(
     return log_of(trainer.state.log_history)
 
 
-def _trainer(
-    teacher: PreTrainedModel | Mixture | Cache | None, settings: dict[str, Any], run: Run
-) -> Any:
+def _trainer(teacher: "Targets | None", settings: dict[str, Any], run: Run) -> Any:
     """The trainer for what the teacher is."""
     if teacher is None:
         return TaskTrainer(**settings)
@@ -121,12 +129,16 @@ def _trainer(
         trainer: Any = CachedTrainer(**settings)
         trainer.cache = teacher
         return trainer
-    models = teacher.models if isinstance(teacher, Mixture) else [teacher]
+    models = teacher.models if isinstance(teacher, Mixture) else [_model(teacher)]
     for model in models:
         check_linear_head(model, "teacher")
         if run.end is not None:
             check_packing(model, "teacher")
     beside = {"distill_args": {"teacher_model": models[0]}}
+    if isinstance(teacher, Translated):
+        crossing = CrossTrainer(**settings, **beside)
+        crossing.translator = teacher.translator
+        return crossing
     if not isinstance(teacher, Mixture):
         return DistillTrainer(**settings, **beside)
     if run.schedule.sharding != "none":
@@ -134,6 +146,20 @@ def _trainer(
     trainer = SeveralTrainer(**settings, **beside)
     trainer.mixture = teacher
     return trainer
+
+
+def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
+    return teacher.model if isinstance(teacher, Translated) else teacher
+
+
+def _rollout(student: PreTrainedModel, run: Run) -> Rollout | None:
+    """What lets the student write, where the run wants it."""
+    schedule = run.schedule
+    if schedule.on_policy is None:
+        return None
+    eos: Any = load_tokenizer(run.tokenizer).eos_token_id if run.tokenizer else None
+    ends, rank = ends_of(student, eos), run.processes.rank
+    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank)
 
 
 def training_arguments(

@@ -31,3 +31,5 @@ class Run:
     processes: Processes = Processes()  # noqa: RUF009 - frozen
     end: int | None = None
     """Token after which another document begins; None where a block is one text."""
+    tokenizer: Path | None = None
+    """Folder of the student's tokenizer, for what needs more than token ids."""

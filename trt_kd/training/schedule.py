@@ -15,8 +15,10 @@ from typing_extensions import Self
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
+from trt_kd.training.escalation import Escalation
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
+from trt_kd.training.on_policy import OnPolicy
 
 
 class Schedule(StrictModel):
@@ -52,6 +54,10 @@ class Schedule(StrictModel):
     """Measurements on held-out text while training; null leaves them out."""
     features: list[Feature] = []
     """Losses between layers of student and teacher, beside the one between their logits."""
+    features_if: Escalation | None = None
+    """Let features join later, and only if a gap remains; from the first step if left out."""
+    on_policy: OnPolicy | None = None
+    """Steps that learn from what the student writes itself; none if left out."""
     stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
     """Alarms that stop the run with its checkpoint kept. No part of a run's identity: without it,
     a stopped run goes on."""

@@ -26,6 +26,7 @@ from trt_kd.training.feature_terms import Both, FeatureTerms
 from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
 from trt_kd.training.heldout import heldout_sums
 from trt_kd.training.history import MEASURED
+from trt_kd.training.rollout import Rollout
 from trt_kd.training.sharding import PortableCheckpoints, gathered
 
 ObjectiveAt = Callable[[int], Objective]
@@ -59,6 +60,8 @@ class _ObjectiveTrainer(PortableCheckpoints):
     objective_at: ObjectiveAt
     head_dtype: torch.dtype
     features: FeatureTerms | None = None
+    rollout: Rollout | None = None
+    one_vocabulary: bool = True  # else there is no divergence to measure token by token
     end: int | None
 
     def start(
@@ -77,6 +80,20 @@ class _ObjectiveTrainer(PortableCheckpoints):
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         """Read in order: every variant sees the same tokens at the same step."""
         return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict[str, Tensor]], Any]:
+        """The passes of a step and their count of tokens, written by the student where it is."""
+        batches, count = super().get_batch_samples(*arguments)  # type: ignore[misc]
+        trainer: Any = self
+        step = trainer.state.global_step
+        if self.rollout is None or not self.rollout.draws(step):
+            return batches, count
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        made = [self.rollout.batch(student, b, step, number) for number, b in enumerate(batches)]
+        tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in made]).sum()
+        rows = sum(len(batch["labels"]) for batch in made) * trainer.accelerator.num_processes
+        self._note("generated_tokens", tokens / rows)
+        return made, trainer._get_num_items_in_batch(made, trainer.args.device)
 
     def _get_lm_head(self, model: Any) -> nn.Module:
         return model.get_output_embeddings()  # type: ignore[no-any-return]
@@ -203,7 +220,8 @@ class _ObjectiveTrainer(PortableCheckpoints):
             mask_BK = packing.goes_on(tokens_BL, self.end)
             hidden_TD = self._hidden_states(model, tokens_BL)[:, :-1][mask_BK]
             if number == len(self._heldout_rows):
-                self._heldout_rows.append(self._teacher_rows(tokens_BL, mask_BK))
+                beside = self._teacher_rows(tokens_BL, mask_BK) if self.one_vocabulary else None
+                self._heldout_rows.append(beside)
             labels_T = tokens_BL[:, 1:][mask_BK]
             sums += self._heldout_sums(hidden_TD, labels_T, self._heldout_rows[number]).cpu()
             count += len(labels_T)
