@@ -13,7 +13,15 @@ from trt_kd.config import StageConfig
 MANIFEST = "trt_kd.json"
 
 Kind = Literal[
-    "checkpoint", "scores", "text", "quantized", "export", "evaluation", "benchmark", "report"
+    "checkpoint",
+    "scores",
+    "text",
+    "quantized",
+    "sensitivity",
+    "export",
+    "evaluation",
+    "benchmark",
+    "report",
 ]
 Metric = float | int | str | bool | None | list[Any] | dict[str, Any]
 

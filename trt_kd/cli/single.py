@@ -10,6 +10,7 @@ from trt_kd.cli.console import print_json
 from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trt_kd.artifacts import Artifact
     from trt_kd.config import StrictModel
 
 M = TypeVar("M", bound="StrictModel")
@@ -71,7 +72,7 @@ def prune(
 
         if out is not None:
             raise ConfigError("--dry-run writes nothing", hint="leave out --out")
-        list_candidates(_validated(SearchSpace, settings, config, "prune"), source, as_json=as_json)
+        list_candidates(validated(SearchSpace, settings, config, "prune"), source, as_json=as_json)
         return
     if out is None:
         raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
@@ -198,21 +199,22 @@ def _roles(inputs: list[str]) -> dict[str, Path]:
     return roles
 
 
-def _validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
+def validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
+    """Settings from a file and the command line."""
     from trt_kd.config import apply_overrides, read_yaml, validate
 
     given = apply_overrides(read_yaml(config) if config else {}, settings or [])
     return validate(model, given, where=str(config or name))
 
 
-def _run(
+def run_stage(
     name: str,
     settings: list[str] | None,
     config: Path | None,
     out: Path,
-    as_json: bool,
     inputs: dict[str, Path],
-) -> None:
+) -> "Artifact":
+    """Run one stage; where several processes train, every one of them gets the result."""
     from trt_kd.artifacts import Artifact
     from trt_kd.pipeline.run import locked
     from trt_kd.pipeline.stages import STAGES
@@ -223,13 +225,27 @@ def _run(
     if name != "distill":
         require_one_process(f"trt-kd {name}")
     stage = STAGES[name]
-    validated = _validated(stage.config_class(), settings, config, name)
+    given = validated(stage.config_class(), settings, config, name)
     artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
     for artifact in artifacts.values():
         artifact.verify()
-    seed_everything(getattr(validated, "seed", 0))
+    seed_everything(getattr(given, "seed", 0))
     with locked(out.absolute().parent) if rank == 0 else nullcontext():
-        made = stage.run(validated, out=out, **artifacts)
+        return stage.run(given, out=out, **artifacts)
+
+
+def _run(
+    name: str,
+    settings: list[str] | None,
+    config: Path | None,
+    out: Path,
+    as_json: bool,
+    inputs: dict[str, Path],
+) -> None:
+    from trt_kd.training.distributed import launched
+
+    made = run_stage(name, settings, config, out, inputs)
+    rank, _ = launched()
     if rank:
         return
     if as_json:

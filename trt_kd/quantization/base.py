@@ -54,3 +54,9 @@ def preset(name: str) -> dict[str, Any]:
     mtq = modelopt("quantization")
     config: dict[str, Any] = deepcopy(getattr(mtq, name))
     return config
+
+
+def label(quantization: QuantizationFormat) -> str:
+    """Name of a format with the options that are not its defaults."""
+    given = quantization.model_dump(exclude_defaults=True, exclude={"kind"})
+    return " ".join([quantization.kind, *(f"{key}={value}" for key, value in given.items())])
