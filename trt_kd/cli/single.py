@@ -146,10 +146,22 @@ def export(
     source: Source,
     out: Out,
     config: Config = None,
+    lane: Annotated[
+        str | None, typer.Option(help="Lane without options, or auto.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export. Example: trt-kd export --source q --out e lane=hf-unified."""
-    _run("export", settings, config, out, as_json, {"source": source})
+    """Export. Example: trt-kd export --source q --out e lane=hf-unified.
+
+    With options: trt-kd export --source s --out e lane.kind=onnx lane.precision=fp16
+    For a target: trt-kd export --source q --out e --lane auto target.runtime=trtllm
+    """
+    given = list(settings or [])
+    if lane == "auto":
+        given = _with_chosen_lane(given, config, source)
+    elif lane is not None:
+        given.append(f"lane={lane}")
+    _run("export", given, config, out, as_json, {"source": source})
 
 
 def evaluate(
@@ -187,6 +199,26 @@ def report(
 ) -> None:
     """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
     _run("report", settings, config, out, as_json, _roles(inputs))
+
+
+def _with_chosen_lane(settings: list[str], config: Path | None, source: Path) -> list[str]:
+    """The settings of an export with a lane in place of the target; the choice is explained."""
+    import sys
+
+    from trt_kd.artifacts import Artifact
+    from trt_kd.config import apply_overrides, read_yaml, validate
+    from trt_kd.exporters.choosing import Deployment, choose
+
+    about = [text for text in settings if text.partition("=")[0].split(".")[0] == "target"]
+    rest = [text for text in settings if text not in about]
+    named = apply_overrides(read_yaml(config) if config else {}, rest)
+    if "lane" in named:
+        raise ConfigError("--lane auto chooses the lane", hint="leave out the setting lane")
+    target = apply_overrides({}, about).get("target", {})
+    choice = choose(validate(Deployment, target, where="target"), Artifact.open(source))
+    for line in choice.explanation():
+        print(line, file=sys.stderr)
+    return [*rest, f"lane={choice.lane.kind}"]
 
 
 def _roles(inputs: list[str]) -> dict[str, Path]:
