@@ -55,11 +55,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Each reads what the other wrote, where both are there (tests/exporters/test_versions.py).
 test-transformers5: $(VENV)/.dev
-	$(PYTEST) $(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+	$(PYTEST) TRT_KD_OTHER_PYTHON=$(wildcard $(VENV4)/bin/python) \
+	  $(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
 test-transformers4: $(VENV4)/.dev
-	$(PYTEST) $(VENV4)/bin/python -m pytest $(PYTEST_ARGUMENTS) $(ONE_VERSION)
+	$(PYTEST) TRT_KD_OTHER_PYTHON=$(BIN)/python $(VENV4)/bin/python -m pytest \
+	  $(PYTEST_ARGUMENTS) $(ONE_VERSION)
 
 test: lint test-transformers5 test-transformers4
 

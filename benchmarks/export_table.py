@@ -9,20 +9,25 @@ reason. Prints a Markdown table, then one line of JSON.
 KL and the largest logit difference are those of the export to what it was made from, on held-out
 text; `quantization KL` is what the quantization before it cost. Realised precision is the share of
 the matrix weights by bits, counted in the files written. For `onnx-fp32` the greedy tokens of ONNX
-Runtime, its cache carried and prompts padded on the left, are compared with stock transformers'.
+Runtime, its cache carried and prompts padded on the left, are compared with stock transformers',
+which continues all prompts in one batch; both are kept in the work folder, group by group.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trt_kd.artifacts import Artifact
+from trt_kd.artifacts import Artifact, claim_work, piece
 from trt_kd.artifacts.environment import environment
 from trt_kd.backends.onnxruntime import OnnxRuntime
 from trt_kd.checkpoints import load_model, load_tokenizer
@@ -78,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         data = validate(DataConfig, json.loads(given.data), where="--data")
         rows = [row(name, student, given, data) for name in given.only]
         greedy = None
-        if "onnx-fp32" in given.only and (given.work / "onnx-fp32").is_dir():
-            greedy = greedy_agreement(student, given, data)
+        if "onnx-fp32" in given.only and (exported := opened(given.work / "onnx-fp32")):
+            greedy = greedy_agreement(student, exported, given, data)
     except (TrtKdError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -173,38 +178,79 @@ def share_by_bits(directory: Path) -> dict[str, float]:
 
 
 def greedy_agreement(
-    student: Artifact, given: argparse.Namespace, data: DataConfig
+    student: Artifact, exported: Artifact, given: argparse.Namespace, data: DataConfig
 ) -> dict[str, Any]:
-    """Prompts whose greedy tokens ONNX Runtime and transformers agree on, by batch size."""
-    blocks_NL = token_blocks(
-        data, load_tokenizer(student.path), split="heldout", count=given.prompts, seed=1
-    )
-    lengths = [8 + 3 * (n % 6) for n in range(given.prompts)]
-    prompts = [block[:length].tolist() for block, length in zip(blocks_NL, lengths, strict=True)]
-    model = load_model(student.path, dtype="float32")
-    expected = [continued(model, prompt, given.tokens) for prompt in prompts]
+    """Prompts whose greedy tokens ONNX Runtime and transformers agree on, by batch size.
+
+    The tokens of transformers are computed once, every group of prompts of ONNX Runtime is kept:
+    a run that was cut off goes on with the next group.
+    """
+    sizes = {"prompts": given.prompts, "tokens": given.tokens}
+    identity = {"models": [student.key, exported.key], "data": data.model_dump(mode="json")}
+    key = json.dumps(identity | sizes, sort_keys=True)
+    work = claim_work(given.work / "greedy", sha256(key.encode()).hexdigest())
+    prompts = greedy_prompts(student, given.prompts, data)
+
+    def reference(_: Path) -> dict[str, Any]:
+        model = load_model(student.path, dtype="float32")
+        return {"tokens": continued(model, prompts, given.tokens).tolist()}
+
+    expected = piece(work / "transformers", reference)["tokens"]
     found = {}
-    with OnnxRuntime().load(given.work / "onnx-fp32") as session:
+    with ExitStack() as stack:
+        session = cache(lambda: stack.enter_context(OnnxRuntime().load(exported.path)))
         for batch in BATCHES:
-            rows: list[Any] = []
+            same = 0
             for start in range(0, len(prompts), batch):
-                rows += list(session.generate(prompts[start : start + batch], given.tokens))
-            same = sum(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+                group = prompts[start : start + batch]
+                made = piece(
+                    work / f"onnxruntime-batch-{batch}-{start}",
+                    partial(generated, session, group, given.tokens),
+                )
+                wanted = expected[start : start + batch]
+                same += sum(a == b for a, b in zip(made["tokens"], wanted, strict=True))
             found[f"equal_at_batch_{batch}"] = same
-    return {"prompts": given.prompts, "tokens": given.tokens, **found}
+    return {**sizes, **found}
 
 
-def continued(model: Any, prompt: list[int], tokens: int) -> np.ndarray:
-    """Greedy continuation by stock transformers; end-of-text is a token like any other."""
+def greedy_prompts(student: Artifact, count: int, data: DataConfig) -> list[list[int]]:
+    """Beginnings of held-out blocks, of six different lengths in turn."""
+    tokenizer = load_tokenizer(student.path)
+    blocks_NL = token_blocks(data, tokenizer, split="heldout", count=count, seed=1)
+    lengths = [8 + 3 * (n % 6) for n in range(count)]
+    return [block[:length].tolist() for block, length in zip(blocks_NL, lengths, strict=True)]
+
+
+def generated(
+    session: Callable[[], Any], prompts: list[list[int]], tokens: int, _: Path
+) -> dict[str, Any]:
+    """Greedy continuations of a group of prompts by ONNX Runtime."""
+    return {"tokens": session().generate(prompts, tokens).tolist()}
+
+
+def continued(model: Any, prompts: list[list[int]], tokens: int) -> np.ndarray:
+    """Greedy continuations ``[B, tokens]`` by stock transformers, padded on the left.
+
+    End-of-text is a token like any other.
+    """
     import torch
 
-    ids, cache, found = torch.tensor([prompt]), None, []
+    length = max(map(len, prompts))
+    padded = [[0] * (length - len(prompt)) + prompt for prompt in prompts]
+    real = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids_BL, real_BT, past, found = torch.tensor(padded), torch.tensor(real), None, []
     with torch.inference_mode():
         for _ in range(tokens):
-            output = model(ids, past_key_values=cache, use_cache=True)
-            ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
-            found.append(int(ids))
-    return np.asarray(found)
+            positions_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
+            output = model(
+                input_ids=ids_BL, attention_mask=real_BT,
+                position_ids=positions_BT[:, -ids_BL.shape[1] :],
+                past_key_values=past, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            ids_BL, past = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            real_BT = torch.cat([real_BT, torch.ones_like(ids_BL)], dim=1)
+            found.append(ids_BL[:, 0].numpy())
+    return np.stack(found, axis=1)
 
 
 def table(rows: list[dict[str, Any]], greedy: dict[str, Any] | None) -> str:

@@ -35,7 +35,7 @@ def run(script, teacher, text_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_rows_are_made_once_and_say_what_was_written(run, tmp_path, monkeypatch):
+def test_rows_are_made_once_and_say_what_was_written(run, script, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     result, printed = run("--only", *ROWS)
     rows = {entry["name"]: entry for entry in result["rows"]}
@@ -50,9 +50,62 @@ def test_rows_are_made_once_and_say_what_was_written(run, tmp_path, monkeypatch)
     assert "3 at batch 1, 3 at batch 4 of 3 prompts" in printed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trt_kd.json")}
     monkeypatch.setattr(sys.modules["trt_kd.stages.export"], "export", None)
+    monkeypatch.setattr(script, "load_model", None)
+    monkeypatch.setattr(script.OnnxRuntime, "load", None)
     again, _ = run("--only", *ROWS)
     assert again["rows"] == result["rows"]
+    assert again["greedy"] == result["greedy"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trt_kd.json")} == before
+
+
+def test_the_batched_reference_is_what_single_prompts_give(script, make_model):
+    import torch
+
+    model = make_model()
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [300, 200], [17, 4, 99]]
+    found = script.continued(model, prompts, 6)
+    for prompt, tokens in zip(prompts, found.tolist(), strict=True):
+        text = list(prompt)
+        for token in tokens:
+            with torch.inference_mode():
+                assert int(model(torch.tensor([text])).logits[0, -1].argmax()) == token
+            text.append(token)
+
+
+def test_greedy_tokens_go_on_after_a_kill_with_the_groups_that_are_missing(
+    script, teacher, text_file, tmp_path, monkeypatch
+):
+    """A stand-in for ONNX Runtime that says what transformers says, but is killed once."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    from trt_kd.config import validate
+
+    asked = []
+
+    class Session:
+        def generate(self, prompts, tokens):
+            asked.append(len(prompts))
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            return script.continued(
+                script.load_model(teacher.path, dtype="float32"), prompts, tokens
+            )
+
+    @contextmanager
+    def load(self, directory):
+        yield Session()
+
+    monkeypatch.setattr(script.OnnxRuntime, "load", load)
+    monkeypatch.setattr(script, "BATCHES", (1, 2))
+    data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
+    data = validate(script.DataConfig, data, where="data")
+    given = SimpleNamespace(work=tmp_path, prompts=3, tokens=4)
+    with pytest.raises(KeyboardInterrupt):
+        script.greedy_agreement(teacher, teacher, given, data)
+    found = script.greedy_agreement(teacher, teacher, given, data)
+    assert found == {"prompts": 3, "tokens": 4, "equal_at_batch_1": 3, "equal_at_batch_2": 3}
+    assert asked == [1, 1, 1, 1, 2, 1]
 
 
 def test_a_lane_that_is_not_there_or_refuses_is_a_row_with_its_reason(run, script, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "run", "plan", "rehearse", "gate", "import", "prune", "distill", "quantize", "export",
-    "evaluate", "benchmark", "report", "show", "layers", "ls", "doctor",
+    "evaluate", "benchmark", "report", "show", "layers", "sensitivity", "ls", "doctor",
 ]  # fmt: skip
 
 

@@ -13,6 +13,14 @@ CALIBRATED = {
     "int8_smoothquant": "int8_smoothquant",
     "int8": "int8",
     "int4_awq": {"kind": "int4_awq", "block_size": 64},
+    "fp8_cache": {"kind": "recipe", "name": "fp8_default-kv_fp8"},
+    "mixed": {
+        "kind": "mixed",
+        "formats": ["fp8", {"kind": "int4_awq", "block_size": 64}],
+        "effective_bits": 6.5,
+        "method": "kl_div",
+        "score_tokens": 64,
+    },
 }
 
 
@@ -41,13 +49,13 @@ def quantized(teacher, blocks, tmp_path_factory):
             plugin = build_plugin(FORMATS, CALIBRATED[name])
             model = load_model(teacher.path)
             before = list(logits_of(model, blocks))
-            calibrate(model, plugin, blocks)
+            kept = calibrate(model, plugin, blocks)
             kl = compare(before, logits_of(model, blocks)).kl_nats
             out = tmp_path_factory.mktemp("quantized") / name
             config = Made(format=plugin.model_dump())
             with writing(out, kind="quantized", config=config, inputs={}) as draft:
-                save_quantized(model, teacher, draft.path)
-                draft.metrics["kl_to_source_nats"] = kl
+                save_quantized(model, teacher, draft.path, kept)
+                draft.metrics |= {"kl_to_source_nats": kl, "layer_formats": kept.get("chosen")}
             made[name] = Artifact.open(out)
         return made[name]
 

@@ -22,6 +22,8 @@ ALGORITHMS = {
     "int8_smoothquant": "W8A8_SQ_PER_CHANNEL",
     "int8": "W8A8_SQ_PER_CHANNEL",
     "int4_awq": "W4A16_AWQ",
+    "fp8_cache": "FP8",
+    "mixed": "MIXED_PRECISION",
 }
 
 
@@ -209,6 +211,117 @@ def test_another_group_size_than_the_tensors_have_is_seen(quantized, tmp_path):
     settings["quantization"]["group_size"] = 128
     path.write_text(json.dumps(settings))
     assert "has groups of 64, hf_quant_config.json says 128" in LANE.problems(source, out)[0]
+
+
+def alone(layers):
+    """A quantized matrix that no runtime fuses with another."""
+    return next(name for name in layers if name.endswith(("o_proj", "down_proj")))
+
+
+MIXED_FAULTS = {
+    "a layer's format": lambda layers: layers[alone(layers)].update(
+        quant_algo="W8A8_SQ_PER_CHANNEL"
+    ),
+    "a layer left out": lambda layers: layers.pop(alone(layers)),
+    "a layer too many": lambda layers: layers.update({"model.extra": layers[alone(layers)]}),
+    "an algorithm nobody knows": lambda layers: layers[alone(layers)].update(quant_algo="W3A3"),
+    "a group size": lambda layers: [
+        layer.update(group_size=32) for layer in layers.values() if "group_size" in layer
+    ],
+}
+
+
+def change_layers(out, change, names=("config.json", "hf_quant_config.json", "quant_cfg.json")):
+    """Plant a fault in what the files ``names`` say of single layers."""
+    sections = {"config.json": "quantization_config", "hf_quant_config.json": "quantization"}
+    for name in names:
+        settings = json.loads((out / name).read_text())
+        place = settings[sections[name]] if name in sections else settings
+        change(place["quantized_layers"])
+        (out / name).write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def mixed(quantized, tmp_path):
+    """An export of mixed precision to spoil, with its source."""
+    source, out = quantized("mixed"), tmp_path / "mixed"
+    out.mkdir()
+    LANE.export(source, out)
+    return source, out
+
+
+def test_mixed_precision_tells_the_format_of_every_layer(mixed):
+    """What stands in the file is what the search chose, and the tensors are stored so."""
+    source, out = mixed
+    told = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert told["quant_algo"] == "MIXED_PRECISION"
+    assert json.loads((out / "quant_cfg.json").read_text()) == told
+    chosen = source.manifest.metrics["layer_formats"]
+    assert {"fp8", "int4_awq block_size=64"} <= set(chosen.values())
+    for module, name in chosen.items():
+        layer = told["quantized_layers"].get(module)
+        if name == "none":
+            assert layer is None
+        else:
+            assert layer["quant_algo"] == ALGORITHMS[name.split()[0]]
+            assert layer.get("group_size") == (64 if name.startswith("int4") else None)
+
+
+@pytest.mark.parametrize("fault", MIXED_FAULTS)
+@pytest.mark.parametrize("where", ["everywhere", "quant_cfg.json"])
+def test_a_planted_fault_of_a_single_layer_is_seen(mixed, fault, where):
+    source, out = mixed
+    given = {} if where == "everywhere" else {"names": (where,)}
+    change_layers(out, MIXED_FAULTS[fault], **given)
+    assert LANE.problems(source, out) != []
+
+
+def test_fused_matrices_of_different_formats_are_refused(mixed):
+    _, out = mixed
+
+    def part(layers):
+        up = next(name for name in layers if name.endswith("up_proj"))
+        layers.pop(up.replace("up_proj", "gate_proj"))
+
+    change_layers(out, part)
+    with pytest.raises(ModelError, match="a runtime fuses them"):
+        read_model(out)
+
+
+def no_cache(out):
+    for name, section, key in (
+        ("config.json", "quantization_config", "kv_cache_scheme"),
+        ("hf_quant_config.json", "quantization", "kv_cache_quant_algo"),
+    ):
+        settings = json.loads((out / name).read_text())
+        settings[section].pop(key)
+        (out / name).write_text(json.dumps(settings))
+
+
+KEYS = "model.layers.1.self_attn.k_proj.k_scale"
+CACHE_FAULTS = {
+    "scale": lambda out: change_tensors(out, lambda t: t[KEYS].mul_(1.1)),
+    "no scale": lambda out: change_tensors(out, lambda t: t.pop(KEYS)),
+    "swapped": lambda out: change_tensors(
+        out, lambda t: t.update({KEYS: t[KEYS.replace("k_", "v_")].clone()})
+    ),
+    "no cache": no_cache,
+    "another cache": lambda out: change_config(
+        out,
+        quantization_config=json.loads((out / "config.json").read_text())["quantization_config"]
+        | {"kv_cache_scheme": {"dynamic": False, "num_bits": 4, "type": "float"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
+def test_a_planted_fault_of_the_cache_is_seen(quantized, tmp_path, fault):
+    source, out = quantized("fp8_cache"), tmp_path / "cache"
+    out.mkdir()
+    LANE.export(source, out)
+    assert LANE.problems(source, out) == []
+    CACHE_FAULTS[fault](out)
+    assert LANE.problems(source, out) != []
 
 
 def test_an_input_scale_too_small_shows_in_the_logits_alone(fp8, blocks):

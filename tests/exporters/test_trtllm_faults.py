@@ -271,12 +271,13 @@ def _with_cache_ranges(teacher, blocks, tmp_path):
     with writing(
         tmp_path / "q", kind="quantized", config=Made(format=plugin.model_dump()), inputs={}
     ) as draft:
-        save_quantized(model, teacher, draft.path)
+        save_quantized(model, teacher, draft.path, {})
         state = load_file(draft.path / QUANTIZERS)
         for layer in range(4):
             for part, amax in (("k", 4.0), ("v", 3.0)):
                 name = f"model.layers.{layer}.self_attn.{part}_bmm_quantizer._amax"
                 state[name] = torch.tensor(amax)
-        save_file(state, draft.path / QUANTIZERS)
+        told = {"state": '{"kept": {}, "static_block_scale": []}'}
+        save_file(state, draft.path / QUANTIZERS, told)
     (tmp_path / "out").mkdir()
     return Artifact.open(tmp_path / "q"), tmp_path / "out"

@@ -6,7 +6,9 @@ import pytest
 from trt_kd.config import build_plugin
 from trt_kd.quantization import FORMATS
 
-CALIBRATED = ["fp8", "int8_smoothquant", "int8", {"kind": "int4_awq", "block_size": 64}]
+AWQ = {"kind": "int4_awq", "block_size": 64}
+MIXED = {"kind": "mixed", "formats": ["fp8", AWQ], "effective_bits": 7.0, "score_tokens": 64}
+CALIBRATED = ["fp8", "int8_smoothquant", "int8", AWQ, MIXED]
 
 
 @pytest.fixture(params=CALIBRATED, ids=lambda v: v if isinstance(v, str) else v["kind"])

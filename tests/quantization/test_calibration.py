@@ -10,10 +10,12 @@ from trt_kd.quantization.calibration import calibrate, check_scales, quantizers
 
 def test_calibration_quantizes_projections_and_leaves_the_head(teacher, calibrated, blocks):
     model = load_model(teacher.path)
-    calibrate(model, calibrated, blocks)
+    chosen = calibrate(model, calibrated, blocks).get("chosen", {})
+    left = [module for module, name in chosen.items() if name == "none"]
     enabled = {name for name, quantizer in quantizers(model) if quantizer.is_enabled}
     weights = {name for name in enabled if name.endswith("weight_quantizer")}
-    assert len(weights) == 4 * 7
+    assert len(weights) == 4 * 7 - len(left)
+    assert not any(name.startswith(f"{module}.") for name in enabled for module in left)
     assert not any("lm_head" in name or "embed" in name for name in enabled)
 
 

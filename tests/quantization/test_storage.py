@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trt_kd.artifacts import Artifact, writing
@@ -22,11 +23,11 @@ class Made(StageConfig):
 def store(teacher, calibrated, blocks, tmp_path):
     """Calibrate the teacher; return the model and the artifact it was stored in."""
     model = load_model(teacher.path)
-    calibrate(model, calibrated, blocks)
+    kept = calibrate(model, calibrated, blocks)
     out = tmp_path / "quantized"
     config = Made(format=calibrated.model_dump())
     with writing(out, kind="quantized", config=config, inputs={"source": teacher}) as draft:
-        save_quantized(model, teacher, draft.path)
+        save_quantized(model, teacher, draft.path, kept)
     return model, Artifact.open(out)
 
 
@@ -86,7 +87,9 @@ def test_state_of_another_model_is_refused(store):
     path = artifact.path / QUANTIZERS
     state = load_file(path)
     name = next(name for name in state if name.endswith("_amax"))
-    save_file({name.replace("layers.0", "layers.77"): state[name]}, path)
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+    save_file({name.replace("layers.0", "layers.77"): state[name]}, path, told)
     with pytest.raises(ModelError, match=r"layers.77"):
         load_quantized(artifact.path)
 
@@ -95,4 +98,11 @@ def test_a_truncated_state_is_refused(store):
     path = store[1].path / QUANTIZERS
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ModelError, match="truncated"):
+        load_quantized(store[1].path)
+
+
+def test_a_state_of_an_earlier_layout_is_refused(store):
+    path = store[1].path / QUANTIZERS
+    save_file(load_file(path), path, {"static_block_scale": "[]"})
+    with pytest.raises(ModelError, match="state"):
         load_quantized(store[1].path)

@@ -18,6 +18,7 @@ Kind = Literal[
     "latency",
     "text",
     "quantized",
+    "sensitivity",
     "export",
     "evaluation",
     "benchmark",

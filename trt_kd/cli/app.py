@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from trt_kd import __version__
-from trt_kd.cli import draft, inspecting, layers, running, single
+from trt_kd.cli import draft, inspecting, layers, running, sensitivity, single
 from trt_kd.cli.console import EXIT_CODES, Settings, reported
 
 EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 15 minutes).
@@ -62,6 +62,7 @@ LOOKING_COMMANDS: list[Callable[..., None]] = [
     inspecting.show,
     layers.layers,
     draft.draft,
+    sensitivity.sensitivity,
     inspecting.ls,
     inspecting.doctor,
 ]

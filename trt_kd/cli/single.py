@@ -98,7 +98,7 @@ def prune(
 
         if out is not None:
             raise ConfigError("--dry-run writes nothing", hint="leave out --out")
-        space = _validated(SearchSpace, settings, config, "prune")
+        space = validated(SearchSpace, settings, config, "prune")
         list_candidates(space, inputs["source"], table=inputs.get("latency"), as_json=as_json)
         return
     if out is None:
@@ -182,10 +182,22 @@ def export(
     source: Source,
     out: Out,
     config: Config = None,
+    lane: Annotated[
+        str | None, typer.Option(help="Lane without options, or auto.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export. Example: trt-kd export --source q --out e lane=hf-unified."""
-    _run("export", settings, config, out, as_json, {"source": source})
+    """Export. Example: trt-kd export --source q --out e lane=hf-unified.
+
+    With options: trt-kd export --source s --out e lane.kind=onnx lane.precision=fp16
+    For a target: trt-kd export --source q --out e --lane auto target.runtime=trtllm
+    """
+    given = list(settings or [])
+    if lane == "auto":
+        given = _with_chosen_lane(given, config, source)
+    elif lane is not None:
+        given.append(f"lane={lane}")
+    _run("export", given, config, out, as_json, {"source": source})
 
 
 def evaluate(
@@ -245,9 +257,7 @@ def _compare(
 
     with TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "benchmark"
-        made = _made("benchmark", settings, config, target, dict(zip("AB", pair, strict=True)))
-        if made is None:
-            return
+        made = run_stage("benchmark", settings, config, target, dict(zip("AB", pair, strict=True)))
         found = compare(made, "A", "B")
         if as_json:
             content = json.loads((made.path / "benchmark.json").read_text(encoding="utf-8"))
@@ -296,6 +306,26 @@ def _by_kind(folders: list[Path]) -> dict[str, Path]:
     return roles
 
 
+def _with_chosen_lane(settings: list[str], config: Path | None, source: Path) -> list[str]:
+    """The settings of an export with a lane in place of the target; the choice is explained."""
+    import sys
+
+    from trt_kd.artifacts import Artifact
+    from trt_kd.config import apply_overrides, read_yaml, validate
+    from trt_kd.exporters.choosing import Deployment, choose
+
+    about = [text for text in settings if text.partition("=")[0].split(".")[0] == "target"]
+    rest = [text for text in settings if text not in about]
+    named = apply_overrides(read_yaml(config) if config else {}, rest)
+    if "lane" in named:
+        raise ConfigError("--lane auto chooses the lane", hint="leave out the setting lane")
+    target = apply_overrides({}, about).get("target", {})
+    choice = choose(validate(Deployment, target, where="target"), Artifact.open(source))
+    for line in choice.explanation():
+        print(line, file=sys.stderr)
+    return [*rest, f"lane={choice.lane.kind}"]
+
+
 def _roles(inputs: list[str]) -> dict[str, Path]:
     roles = {}
     for text in inputs:
@@ -306,41 +336,22 @@ def _roles(inputs: list[str]) -> dict[str, Path]:
     return roles
 
 
-def _validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
+def validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
+    """Settings from a file and the command line."""
     from trt_kd.config import apply_overrides, read_yaml, validate
 
     given = apply_overrides(read_yaml(config) if config else {}, settings or [])
     return validate(model, given, where=str(config or name))
 
 
-def _run(
-    name: str,
-    settings: list[str] | None,
-    config: Path | None,
-    out: Path,
-    as_json: bool,
-    inputs: dict[str, Path],
-) -> None:
-    made = _made(name, settings, config, out, inputs)
-    if made is None:
-        return
-    if as_json:
-        print_json(made.manifest.model_dump(mode="json"))
-        return
-    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
-    for metric, value in made.metrics.items():
-        if isinstance(value, int | float | str):
-            print(f"  {metric}: {value}")
-
-
-def _made(
+def run_stage(
     name: str,
     settings: list[str] | None,
     config: Path | None,
     out: Path,
     inputs: dict[str, Path],
-) -> "Artifact | None":
-    """Run a stage; None in every process but the first."""
+) -> "Artifact":
+    """Run one stage; where several processes train, every one of them gets the result."""
     from trt_kd.artifacts import Artifact
     from trt_kd.pipeline.run import locked
     from trt_kd.pipeline.stages import STAGES
@@ -351,11 +362,33 @@ def _made(
     if name != "distill":
         require_one_process(f"trt-kd {name}")
     stage = STAGES[name]
-    validated = _validated(stage.config_class(), settings, config, name)
+    given = validated(stage.config_class(), settings, config, name)
     artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
     for artifact in artifacts.values():
         artifact.verify()
-    seed_everything(getattr(validated, "seed", 0))
+    seed_everything(getattr(given, "seed", 0))
     with locked(out.absolute().parent) if rank == 0 else nullcontext():
-        made = stage.run(validated, out=out, **artifacts)
-    return None if rank else made
+        return stage.run(given, out=out, **artifacts)
+
+
+def _run(
+    name: str,
+    settings: list[str] | None,
+    config: Path | None,
+    out: Path,
+    as_json: bool,
+    inputs: dict[str, Path],
+) -> None:
+    from trt_kd.training.distributed import launched
+
+    made = run_stage(name, settings, config, out, inputs)
+    rank, _ = launched()
+    if rank:
+        return
+    if as_json:
+        print_json(made.manifest.model_dump(mode="json"))
+        return
+    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
+    for metric, value in made.metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"  {metric}: {value}")

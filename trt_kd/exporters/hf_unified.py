@@ -17,8 +17,13 @@ from trt_kd.artifacts.manifest import Metric
 from trt_kd.checkpoints import copy_tokenizer, make_portable, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
-from trt_kd.exporters.hf_unified_files import read_quantization
-from trt_kd.exporters.trtllm_commands import write_serving
+from trt_kd.exporters.hf_unified_files import (
+    HF_QUANT_CONFIG,
+    MIXED,
+    QUANT_CFG,
+    read_quantization,
+)
+from trt_kd.exporters.trtllm_commands import SERVED, write_serving
 
 
 class HfUnified(Exporter):
@@ -42,9 +47,12 @@ class HfUnified(Exporter):
         else:
             _export_quantized(source.path, out)
         make_portable(out)
+        _repeat_layer_formats(out)
         quantization = read_quantization(out)
         algorithm = quantization.algorithm if quantization else None
-        write_serving(out, read_json(out / "config.json"), algorithm)
+        layers = (quantization.layers if quantization else None) or {}
+        unserved = sorted({layer.algorithm for layer in layers.values()} - set(SERVED))
+        write_serving(out, read_json(out / "config.json"), next(iter(unserved), algorithm))
         return {"quant_algo": algorithm}
 
     def problems(self, source: Artifact, out: Path) -> list[str]:
@@ -72,6 +80,17 @@ class HfUnified(Exporter):
         rounding = source.metrics.get("kl_to_source_nats")
         allowed = 2 * rounding if isinstance(rounding, float) else 0.0
         return format_of(source).export_kl_limit_nats + allowed
+
+
+def _repeat_layer_formats(out: Path) -> None:
+    """Write what ``hf_quant_config.json`` says of single layers where TensorRT-LLM 1.2 reads it."""
+    path = out / HF_QUANT_CONFIG
+    if not path.is_file():
+        return
+    settings = read_json(path).get("quantization", {})
+    if settings.get("quant_algo") == MIXED:
+        text = json.dumps(settings, indent=2) + "\n"
+        (out / QUANT_CFG).write_text(text, encoding="utf-8")
 
 
 def _export_quantized(source: Path, out: Path) -> None:

@@ -14,8 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+QUANT_CFG = "quant_cfg.json"
+"""Where TensorRT-LLM up to 1.2 looks for the formats of layers first."""
+MIXED = "MIXED_PRECISION"
 WEIGHT_TYPES = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W4A16_AWQ": "U8"}
 """Quantization algorithms that can be read back here, and how they store a weight."""
+CACHE_SCALES = {"k_proj": "k_scale", "v_proj": "v_scale"}
+"""Scales of an FP8 cache by the projection that they stand beside."""
+_FP8_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a checkpoint says of the quantization of one projection."""
+
+    algorithm: str
+    group_size: int | None
+    """Weights along the input that share a scale; None where they do not come in groups."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +43,18 @@ class Quantization:
     """Patterns of module names that are not quantized."""
     group_size: int | None = field(default=None, compare=False)
     """Weights along the input that share a scale, as ``hf_quant_config.json`` alone says."""
+    layers: Mapping[str, Layer] | None = None
+    """Every quantized projection by name, where each has an algorithm of its own."""
+    kv_cache: str | None = None
+    """Format of the key-value cache; None where it is the model's own."""
 
-    def covers(self, module: str) -> bool:
-        """Whether the projection ``module`` is quantized."""
-        return not any(fnmatch(module, pattern) for pattern in self.excluded)
+    def of(self, module: str) -> Layer | None:
+        """How the projection ``module`` is quantized, if it is."""
+        if self.layers is not None:
+            return self.layers.get(module)
+        if any(fnmatch(module, pattern) for pattern in self.excluded):
+            return None
+        return Layer(self.algorithm, self.group_size)
 
 
 def read_quantization(directory: Path) -> Quantization | None:
@@ -50,18 +74,64 @@ def read_quantization(directory: Path) -> Quantization | None:
         missing = HF_QUANT_CONFIG if inline is not None else "quantization_config in config.json"
         raise ModelError(f"{directory} tells of its quantization in one place only: no {missing}")
     separate = read_json(path).get("quantization", {})
-    found = Quantization(str(inline.get("quant_algo")), tuple(inline.get("ignore", ())))
-    told = Quantization(
-        str(separate.get("quant_algo")), tuple(separate.get("exclude_modules") or ())
-    )
+    found = _told(inline, "ignore")
+    told = _told(separate, "exclude_modules")
     if found != told:
         raise ModelError(f"{directory}: config.json says {found}, {HF_QUANT_CONFIG} says {told}")
-    if found.algorithm not in WEIGHT_TYPES:
+    used = {layer.algorithm for layer in (found.layers or {}).values()} or {found.algorithm}
+    if unknown := sorted(used - set(WEIGHT_TYPES)):
         raise ModelError(
-            f"{directory}: the algorithm {found.algorithm} cannot be read back here",
+            f"{directory}: the algorithm {unknown[0]} cannot be read back here",
             hint=f"known: {', '.join(WEIGHT_TYPES)}",
         )
+    if found.layers is not None:
+        _check_layers(directory, found.layers, separate)
+    if found.kv_cache not in (None, "FP8"):
+        raise ModelError(
+            f"{directory}: a key-value cache in {found.kv_cache} cannot be read back here",
+            hint="quantize with an FP8 cache or none",
+        )
     return replace(found, group_size=separate.get("group_size"))
+
+
+def _told(settings: Mapping[str, Any], excluded: str) -> Quantization:
+    """What one of the two places says; ``excluded`` is its word for modules left out."""
+    algorithm, layers = str(settings.get("quant_algo")), None
+    if algorithm == MIXED:
+        layers = {
+            module: Layer(str(layer.get("quant_algo")), layer.get("group_size"))
+            for module, layer in settings.get("quantized_layers", {}).items()
+        }
+    cache = settings.get("kv_cache_quant_algo")
+    if (scheme := settings.get("kv_cache_scheme")) is not None:
+        cache = "FP8" if scheme == _FP8_SCHEME else str(scheme)
+    return Quantization(algorithm, tuple(settings.get(excluded) or ()), None, layers, cache)
+
+
+def _check_layers(
+    directory: Path, layers: Mapping[str, Layer], settings: Mapping[str, Any]
+) -> None:
+    """What TensorRT-LLM fuses must have one format, and its own file must say the same."""
+    path = directory / QUANT_CFG
+    if not path.is_file() or read_json(path) != dict(settings):
+        raise ModelError(f"{path} does not say what {HF_QUANT_CONFIG} says")
+    for module in layers:
+        parent, _, name = module.rpartition(".")
+        for partners in _FUSED:
+            if name not in partners:
+                continue
+            for partner in partners:
+                if layers.get(f"{parent}.{partner}") != layers[module]:
+                    raise ModelError(
+                        f"{directory}: {module} and its {partner} have different formats, "
+                        "but a runtime fuses them"
+                    )
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether the tensor ``name`` is the scale of a layer's keys or values in the cache."""
+    module, _, part = name.rpartition(".")
+    return CACHE_SCALES.get(module.rpartition(".")[2]) == part
 
 
 class Tensors(Mapping[str, "Tensor"]):

@@ -16,6 +16,7 @@ from trt_kd.errors import ModelError
 from trt_kd.exporters.hf_unified_files import (
     Quantization,
     Tensors,
+    is_cache_scale,
     open_tensors,
     read_quantization,
 )
@@ -56,6 +57,7 @@ def read_model(directory: Path) -> "PreTrainedModel":
         left = set(tensors)
         if quantization is not None:
             left -= _place_quantized(model, tensors, quantization)
+            left -= {name for name in left if quantization.kv_cache and is_cache_scale(name)}
         _place_plain(model, tensors, left, directory)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -106,12 +108,13 @@ def _place_quantized(model: "nn.Module", tensors: Tensors, quantization: Quantiz
         if not isinstance(module, nn.Linear):
             continue
         scaled = f"{name}.weight_scale" in tensors
-        if scaled != quantization.covers(name):
+        layer = quantization.of(name)
+        if scaled != (layer is not None):
             said, found = ("quantized", "no") if not scaled else ("excluded", "a")
             raise ModelError(f"{name} is said to be {said}, but there is {found} weight scale")
-        if scaled:
+        if layer is not None:
             parent, _, child = name.rpartition(".")
-            replacement = _deployed(module, name, tensors, quantization.algorithm)
+            replacement = _deployed(module, name, tensors, layer.algorithm)
             setattr(model.get_submodule(parent), child, replacement)
             used |= {f"{name}.{part}" for part in ("weight", "bias", *_SCALES)} & set(tensors)
     return used

@@ -15,7 +15,10 @@ OPTIONS_FILE = "extra_llm_api_options.yaml"
 SERVE_FILE = "serve.md"
 _DEFAULT_NUM_TOKENS = 8192
 _BATCH, _LONGEST = 64, 8192
-_SERVED = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_AWQ", "W4A8_AWQ")
+SERVED = (
+    *(None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_AWQ", "W4A8_AWQ"),
+    "MIXED_PRECISION",
+)
 """Algorithms that the PyTorch backend documents; others load in an engine or elsewhere."""
 
 
@@ -142,7 +145,7 @@ def write_serving(out: Path, config: Mapping[str, Any], algorithm: str | None) -
     """
     import yaml
 
-    if algorithm not in _SERVED:
+    if algorithm not in SERVED:
         page = (
             f"# Serving\n\nTensorRT-LLM's PyTorch backend does not document {algorithm}: serve "
             "this folder elsewhere, or export the lane trtllm-engine.\n"

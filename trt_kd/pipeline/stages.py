@@ -40,6 +40,9 @@ STAGES: dict[str, Stage] = {
     "generate": _stage("generate", "generate", "GenerateConfig", "let the teacher write text"),
     "distill": _stage("distill", "distill", "DistillConfig", "recover by distillation"),
     "quantize": _stage("quantize", "quantize", "QuantizeConfig", "calibrate low-bit formats"),
+    "sensitivity": _stage(
+        "sensitivity", "sensitivity", "SensitivityConfig", "cost of formats by layer"
+    ),
     "export": _stage("export", "export", "ExportConfig", "write for a runtime and read back"),
     "evaluate": _stage("evaluate", "evaluate", "EvaluateConfig", "measure what ships"),
     "benchmark": _stage("benchmark", "benchmark", "BenchmarkConfig", "time it, interleaved"),

@@ -17,6 +17,8 @@ FORMATS: Registry["type[QuantizationFormat]"] = Registry(
         "int8_smoothquant": "trt_kd.quantization.int8:Int8SmoothQuant",
         "int8": "trt_kd.quantization.int8:Int8",
         "int4_awq": "trt_kd.quantization.int4:Int4Awq",
+        "mixed": "trt_kd.quantization.mixed:Mixed",
+        "recipe": "trt_kd.quantization.recipe:Recipe",
         "nvfp4": "trt_kd.quantization.nvfp4:Nvfp4",
     },
 )

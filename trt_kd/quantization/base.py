@@ -1,6 +1,7 @@
 """What every quantization format says of itself, without torch and without a model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from trt_kd.architectures.shape import ModelShape
@@ -15,6 +16,8 @@ class QuantizationFormat(Plugin, ABC):
     """What an export may add to twice the KL of quantization itself, in mean nats per token."""
     weight_error_limit: ClassVar[float | None]
     """Largest relative Frobenius error of an exported weight; None: weights are not compared."""
+    weight_bits: ClassVar[float]
+    """Bits of a weight, scales not counted; 16 where the format chooses for every layer."""
 
     @abstractmethod
     def check(self, shape: ModelShape) -> list[str]:
@@ -27,6 +30,21 @@ class QuantizationFormat(Plugin, ABC):
         Raises:
             MissingDependencyError: if Model Optimizer is not installed.
         """
+
+    def outside(self) -> dict[str, str]:
+        """Fingerprints of what the settings name but do not hold."""
+        return {}
+
+    def kept(self) -> dict[str, Any]:
+        """What is kept with a calibrated model beside the settings; JSON."""
+        return {}
+
+    def restored_config(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that insert the quantizers of a calibrated model, to be filled with its scales.
+
+        ``kept`` is what ``calibrate`` returned.
+        """
+        return self.modelopt_config() | {"algorithm": None}
 
 
 def in_features(shape: ModelShape) -> dict[str, int]:
@@ -54,3 +72,9 @@ def preset(name: str) -> dict[str, Any]:
     mtq = modelopt("quantization")
     config: dict[str, Any] = deepcopy(getattr(mtq, name))
     return config
+
+
+def label(quantization: QuantizationFormat) -> str:
+    """Name of a format with the options that are not its defaults."""
+    given = quantization.model_dump(exclude_defaults=True, exclude={"kind"})
+    return " ".join([quantization.kind, *(f"{key}={value}" for key, value in given.items())])

@@ -3,7 +3,7 @@
 Shape suffixes: N blocks, L tokens of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from trt_kd.errors import ModelError
 from trt_kd.quantization.base import QuantizationFormat
+from trt_kd.quantization.mixed import Mixed
 from trt_kd.quantization.modelopt import modelopt, quiet
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 _BATCH = 4
@@ -22,26 +23,47 @@ _BATCH = 4
 
 def calibrate(
     model: "PreTrainedModel", quantization: QuantizationFormat, blocks_NL: np.ndarray
-) -> None:
+) -> dict[str, Any]:
     """Quantize ``model`` in place, with scales from a forward pass over every block.
 
+    Returns what a reader needs beside the settings: of a search, ``chosen``, the label of the
+    format of every projection.
+
     Raises:
-        ModelError: if a scale is missing, zero or not finite afterwards.
+        ModelError: if a scale is missing, zero or not finite afterwards, or a search finds nothing.
     """
+    import torch
+
+    batches = [
+        torch.as_tensor(blocks_NL[start : start + _BATCH], device=model.device)
+        for start in range(0, len(blocks_NL), _BATCH)
+    ]
+    kept = quantization.kept()
+    if isinstance(quantization, Mixed):
+        from trt_kd.quantization.searching import search
+
+        kept["chosen"] = search(model, quantization, batches)
+    else:
+        _calibrate_all(model, quantization, batches)
+    check_scales(model)
+    return kept
+
+
+def _calibrate_all(
+    model: "PreTrainedModel", quantization: QuantizationFormat, batches: "Sequence[Tensor]"
+) -> None:
+    """Quantize every projection in one format."""
     import torch
 
     mtq = modelopt("quantization")
 
     def forward_loop(network: "PreTrainedModel") -> None:
-        starts = range(0, len(blocks_NL), _BATCH)
         with torch.inference_mode():
-            for start in tqdm(starts, desc="calibrate", disable=None):
-                ids = torch.as_tensor(blocks_NL[start : start + _BATCH], device=model.device)
-                network(ids, use_cache=False, logits_to_keep=1)  # the head is never quantized
+            for ids_BL in tqdm(batches, desc="calibrate", disable=None):
+                network(ids_BL, use_cache=False, logits_to_keep=1)  # the head is never quantized
 
     with quiet():
         mtq.quantize(model, quantization.modelopt_config(), forward_loop)
-    check_scales(model)
 
 
 def check_scales(model: "nn.Module") -> None:

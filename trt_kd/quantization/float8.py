@@ -17,6 +17,7 @@ class Fp8(QuantizationFormat):
     kind: Literal["fp8"] = "fp8"
 
     export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_bits: ClassVar[float] = 8.0
     weight_error_limit: ClassVar[float | None] = 0.05
 
     def check(self, shape: ModelShape) -> list[str]:

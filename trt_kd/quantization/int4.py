@@ -21,6 +21,7 @@ class Int4Awq(QuantizationFormat):
     """Weights that share one scale; every input width must be a multiple of it."""
 
     export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_bits: ClassVar[float] = 4.0
     weight_error_limit: ClassVar[float | None] = None
 
     def check(self, shape: ModelShape) -> list[str]:

@@ -23,6 +23,7 @@ class Int8SmoothQuant(QuantizationFormat):
     all of it. At 0.5, the paper's, quantization of SmolLM2-135M costs 0.30 nats."""
 
     export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_bits: ClassVar[float] = 8.0
     weight_error_limit: ClassVar[float | None] = 0.1
 
     def check(self, shape: ModelShape) -> list[str]:
@@ -44,6 +45,7 @@ class Int8(QuantizationFormat):
     kind: Literal["int8"] = "int8"
 
     export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_bits: ClassVar[float] = 8.0
     weight_error_limit: ClassVar[float | None] = 0.1
 
     def check(self, shape: ModelShape) -> list[str]:

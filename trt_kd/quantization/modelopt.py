@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
     """Send what Model Optimizer prints to the log, and leave out its warnings."""
     printed = io.StringIO()
     with warnings.catch_warnings(), redirect_stdout(printed):
-        warnings.filterwarnings("ignore", module=r"modelopt\.")
+        warnings.filterwarnings("ignore", module=r"(modelopt|pulp)\.")
         yield
     for line in printed.getvalue().splitlines():
         log.debug("modelopt: %s", line)

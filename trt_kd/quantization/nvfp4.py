@@ -13,6 +13,7 @@ class Nvfp4(QuantizationFormat):
     kind: Literal["nvfp4"] = "nvfp4"
 
     export_kl_limit_nats: ClassVar[float] = 0.02
+    weight_bits: ClassVar[float] = 4.5
     weight_error_limit: ClassVar[float | None] = None
 
     def check(self, shape: ModelShape) -> list[str]:

@@ -6,6 +6,7 @@ changed (smoothing moves scales into them); all else is the source's, byte for b
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,13 @@ QUANTIZERS = "quantizers.safetensors"
 _ATTRIBUTES = ("_amax_for_smoothing",)
 
 
-def save_quantized(model: "PreTrainedModel", source: Artifact, out: Path) -> None:
-    """Write the calibrated ``model``, made from the checkpoint ``source``, to ``out``."""
+def save_quantized(
+    model: "PreTrainedModel", source: Artifact, out: Path, kept: Mapping[str, Any]
+) -> None:
+    """Write the calibrated ``model``, made from the checkpoint ``source``, to ``out``.
+
+    ``kept`` is what ``calibrate`` returned.
+    """
     from safetensors.torch import save_file
 
     for name in source.manifest.files:
@@ -41,7 +47,8 @@ def save_quantized(model: "PreTrainedModel", source: Artifact, out: Path) -> Non
         state |= {f"{name}.{key}": value.detach().contiguous() for key, value in tensors.items()}
         if type(quantizer).__name__ == "StaticBlockScaleQuantizer":
             promoted.append(name)
-    metadata = {"static_block_scale": json.dumps(promoted)}  # one key: their order is random
+    told = {"static_block_scale": promoted, "kept": dict(kept)}
+    metadata = {"state": json.dumps(told)}  # one key: their order is random
     copies = {name: tensor.cpu().clone() for name, tensor in state.items()}
     save_file(copies, out / QUANTIZERS, metadata)
 
@@ -88,22 +95,22 @@ def load_quantized(directory: Path, *, dtype: str | None = None) -> "PreTrainedM
 
     mtq = modelopt("quantization")
     artifact = Artifact.open(directory, expect="quantized")
-    model = load_model(directory, dtype=dtype)
-    with quiet():
-        mtq.quantize(model, format_of(artifact).modelopt_config() | {"algorithm": None})
     try:
         with safe_open(directory / QUANTIZERS, framework="pt") as file:
-            promoted = json.loads((file.metadata() or {}).get("static_block_scale", "[]"))
+            told = json.loads((file.metadata() or {})["state"])
             names = file.keys()
             state = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ModelError(
             f"{directory / QUANTIZERS} cannot be read: {error}", hint="quantize the model again"
         ) from error
+    model = load_model(directory, dtype=dtype)
+    with quiet():
+        mtq.quantize(model, format_of(artifact).restored_config(told["kept"]))
     if dtype is not None:
         target = getattr(torch, dtype)
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in state.items()}
-    _restore(model, state, promoted)
+    _restore(model, state, told["static_block_scale"])
     with torch.inference_mode():  # block quantizers settle their shapes on first use
         model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     return model

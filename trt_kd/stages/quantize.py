@@ -16,6 +16,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ModelError
 from trt_kd.quantization import FORMATS
 from trt_kd.quantization.base import QuantizationFormat
+from trt_kd.quantization.mixed import Mixed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ class QuantizeConfig(StageConfig):
     """The format, and the text its scales come from."""
 
     stage: ClassVar[str] = "quantize"
+    version: ClassVar[int] = 2
 
     format: plugin_field(FORMATS, QuantizationFormat)  # type: ignore[valid-type]
     """The number format and its options."""
@@ -39,7 +41,8 @@ class QuantizeConfig(StageConfig):
 
     def outside(self) -> dict[str, str]:
         """Fingerprints of the text."""
-        return self.data.outside()
+        quantization: QuantizationFormat = self.format
+        return self.data.outside() | quantization.outside()
 
     def rehearsal(self) -> Self:
         """Calibrate on two blocks and compare one."""
@@ -55,6 +58,7 @@ def quantize(config: QuantizeConfig, *, source: Artifact, out: Path) -> Artifact
     """
     from trt_kd.exporters.comparison import compare, logits_of
     from trt_kd.quantization.calibration import calibrate
+    from trt_kd.quantization.searching import effective_bits
     from trt_kd.quantization.storage import save_quantized
 
     quantization: QuantizationFormat = config.format
@@ -66,9 +70,9 @@ def quantize(config: QuantizeConfig, *, source: Artifact, out: Path) -> Artifact
         calibration_NL, heldout_NL = _blocks(config, source)
         model = load_model(source.path)
         reference = list(logits_of(model, heldout_NL))
-        calibrate(model, quantization, calibration_NL)
+        kept = calibrate(model, quantization, calibration_NL)
         difference = compare(reference, logits_of(model, heldout_NL))
-        save_quantized(model, source, draft.path)
+        save_quantized(model, source, draft.path, kept)
         draft.metrics |= {
             "kl_to_source_nats": difference.kl_nats,
             "top1_agreement": difference.top1_agreement,
@@ -77,6 +81,11 @@ def quantize(config: QuantizeConfig, *, source: Artifact, out: Path) -> Artifact
             "calibration_fingerprint": fingerprint(calibration_NL),
             "seconds": perf_counter() - start,
         }
+        if isinstance(quantization, Mixed):
+            draft.metrics |= {
+                "effective_bits": effective_bits(model, quantization, kept["chosen"]),
+                "layer_formats": kept["chosen"],
+            }
     return Artifact.open(out, expect="quantized")
 
 
