@@ -136,6 +136,7 @@ def test_a_complete_record_is_read_whole():
     assert search.missing == []
     told = search.model_dump(mode="json", exclude={"missing"})
     assert told["best_against_first"].pop("round") is None
+    assert told.pop("latency") is None
     del record["tournament"]["winner"]
     assert told == record
 
@@ -319,3 +320,46 @@ def test_cuts_that_cost_nothing_have_no_place_on_a_logarithmic_scale():
     assert "Cuts that cost nothing are not drawn." in search_figures(search)[0].text
     nothing = found({**record_of(), "sensitivity": []})
     assert [drawing.title for drawing in search_figures(nothing)] == ["Predicted against measured"]
+
+
+# --- limits on time -----------------------------------------------------------------------------
+
+LATENCY = {
+    "lane": "int4",
+    "limit": {"itl_ms": "70%", "ttft_ms": None, "tokens_per_s": None, "batch": 4,
+              "percentile": 50, "lane": None, "min_speedup": 1.02},
+    "limits": {"itl_ms": 21.0},
+    "before": {"itl_ms": 30.0},
+    "prediction_errors": {"itl_ms": 0.02},
+    "corners": [
+        {"lane": "int4", "name": "unpruned", "fits": False, "costs": {"itl_ms": 30.0},
+         "nats": 0.19},
+        {"lane": "int4", "name": FIRST, "fits": True, "costs": {"itl_ms": 20.9}, "nats": 0.62},
+    ],
+    "tried": [
+        {"name": name, "predicted": {"itl_ms": 20.9}, "measured": {"itl_ms": ms},
+         "before": {"itl_ms": 30.5}, "limits": {"itl_ms": 21.35}, "speedup": {"itl_ms": 30.5 / ms},
+         "over_predicted": {"itl_ms": 1.0}, "verdict": verdict}
+        for name, ms, verdict in ((FIRST, 22.5, "over the limit"), (WINNER, 20.7, "kept"))
+    ],
+}  # fmt: skip
+
+
+def test_a_limit_on_time_shows_the_lanes_and_what_was_timed(texts):
+    for text in texts(found(record_of() | {"latency": LATENCY})):
+        for said in ("Lanes under the limit", "Timed on the runtime", "unpruned", "22.5", "20.7",
+                     "over the limit", "kept", "1.47"):  # fmt: skip
+            assert said in text
+
+
+def test_one_open_axis_under_a_limit_on_time_is_told_without_a_search():
+    cut = SimpleNamespace(metrics={"latency": LATENCY}, manifest=SimpleNamespace(stage="prune"))
+    search = search_of(Sources({"pruned": {"model": cut}}, None, {}))
+    assert search.latency.lane == "int4"
+    assert search.missing == []
+
+
+def test_a_damaged_limit_on_time_is_left_out_and_named():
+    search = found(record_of() | {"latency": {"lane": "int4"}})
+    assert search.latency is None
+    assert search.missing == ["The limit on time is left out: latency.limit is damaged."]

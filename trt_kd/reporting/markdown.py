@@ -1,6 +1,6 @@
 """``report.md``: the same report for a repository, a pull request or a terminal."""
 
-from trt_kd.reporting import details, pruning_tables, search_tables
+from trt_kd.reporting import details, latency_tables, pruning_tables, search_tables
 from trt_kd.reporting.model import Report
 from trt_kd.reporting.page import environment_rows, recipe_text
 from trt_kd.reporting.readings import verdict_sentence
@@ -70,6 +70,8 @@ def _search(report: Report) -> list[str]:
     if search is None:
         return []
     tables = [
+        ("Lanes under the limit", latency_tables.corners(search)),
+        ("Timed on the runtime", latency_tables.timed(search)),
         ("Candidates", search_tables.measured(search)),
         ("Tournament", search_tables.tournament(search)),
         ("Against the first choice", search_tables.comparisons(search)),

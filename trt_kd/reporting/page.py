@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trt_kd.reporting import details, pruning_tables, search_tables, tables
+from trt_kd.reporting import details, latency_tables, pruning_tables, search_tables, tables
 from trt_kd.reporting.figures import figures
 from trt_kd.reporting.formatting import bytes_text
 from trt_kd.reporting.model import Report
@@ -75,6 +75,8 @@ def _search(report: Report) -> dict[str, Any] | None:
         "measured": search_tables.measured(search),
         "comparisons": search_tables.comparisons(search),
         "tournament": search_tables.tournament(search),
+        "corners": latency_tables.corners(search),
+        "timed": latency_tables.timed(search),
         "missing": search.missing,
         "figures": [(drawing.text, Markup(drawing.svg)) for drawing in search_figures(search)],
     }

@@ -16,6 +16,7 @@ from trt_kd.reporting.search_model import (
     MeasuredCandidate,
     SensitivityPoint,
     SizeSearch,
+    TimeLimit,
     TournamentRecord,
     TournamentRound,
 )
@@ -28,7 +29,7 @@ def search_of(sources: Sources) -> SizeSearch | None:
     cut = pruned_of(sources)
     recorded = cut.metrics.get("search") if cut is not None else None
     if recorded is None:
-        return None
+        return _only_timed(cut.metrics if cut is not None else {})
     if not isinstance(recorded, Mapping):
         return SizeSearch(missing=["The search is left out: its record is damaged."])
     missing: list[str] = []
@@ -54,8 +55,22 @@ def search_of(sources: Sources) -> SizeSearch | None:
         ),
         sensitivity=read("sensitivity", list[SensitivityPoint], "The sensitivity curves are") or [],
         tournament=_tournament(recorded.get("tournament"), missing),
+        latency=_latency(recorded, missing),
         missing=missing,
     )
+
+
+def _only_timed(metrics: Mapping[str, Any]) -> SizeSearch | None:
+    """How the one open axis came to its size under a limit on time, or None."""
+    missing: list[str] = []
+    latency = _latency(metrics, missing)
+    return SizeSearch(latency=latency, missing=missing) if latency or missing else None
+
+
+def _latency(recorded: Mapping[str, Any], missing: list[str]) -> TimeLimit | None:
+    if recorded.get("latency") is None:
+        return None
+    return _Parts(recorded, missing).read("latency", TimeLimit, "The limit on time is")
 
 
 def _winner(

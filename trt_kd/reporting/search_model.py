@@ -91,6 +91,61 @@ class TournamentRecord(Record):
     """The winner against the first choice, after the last round that saw both."""
 
 
+class CornerRecord(Record):
+    """One way to a limit on time: a lane, unpruned or pruned to fit."""
+
+    lane: str
+    """Name of the lane."""
+    name: str
+    """``unpruned``, or the sizes."""
+    fits: bool
+    """Whether it keeps every limit."""
+    costs: dict[str, float]
+    """Milliseconds by the name of every limit; of the unpruned model measured, else predicted."""
+    nats: float | None
+    """Divergence that format and cut add up to, in nats per token; null without scores."""
+
+
+class TimedCandidate(Record):
+    """A candidate that was timed on the runtime, in turns with the unpruned model."""
+
+    name: str
+    """Its axes with their sizes."""
+    predicted: dict[str, float]
+    """Milliseconds by the name of every limit, from the latency table."""
+    measured: dict[str, float]
+    """The same, measured."""
+    before: dict[str, float]
+    """The unpruned model's in the same run."""
+    limits: dict[str, float]
+    """Milliseconds at most."""
+    speedup: dict[str, float]
+    """How many times less than the unpruned model it takes."""
+    over_predicted: dict[str, float]
+    """Measured over predicted, both as shares of the unpruned model."""
+    verdict: str
+    """``kept``, or why it was dropped."""
+
+
+class TimeLimit(Record):
+    """What a limit on time did to the choice."""
+
+    lane: str
+    """The lane that was searched in."""
+    limit: dict[str, str | float | int | None]
+    """The limit as it was asked for."""
+    limits: dict[str, float]
+    """Milliseconds at most by name, on the latency table's scale."""
+    before: dict[str, float]
+    """The unpruned model's, measured for the table."""
+    prediction_errors: dict[str, float]
+    """Median error of the table's predictions by metric, as a share."""
+    corners: list[CornerRecord]
+    """Every lane unpruned, then the best of every lane pruned."""
+    tried: list[TimedCandidate]
+    """Candidates that were timed, in order."""
+
+
 class SizeSearch(Record):
     """How the sizes of several open axes were chosen."""
 
@@ -115,5 +170,7 @@ class SizeSearch(Record):
     """Cuts of single axes that the predictions stand on."""
     tournament: TournamentRecord | None = None
     """Short distillation of the best candidates; null where none was held."""
+    latency: TimeLimit | None = None
+    """What a limit on time did to the choice; null where time was not limited."""
     missing: list[str] = []
     """What is left out of how the sizes were chosen and why, a sentence each."""

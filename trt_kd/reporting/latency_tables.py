@@ -1,0 +1,67 @@
+"""What a limit on time did to the choice of sizes, in tables."""
+
+from trt_kd.reporting.formatting import significant, times
+from trt_kd.reporting.search_model import SizeSearch
+from trt_kd.reporting.tables import Cell, Row, Table
+
+NAMES = {"itl_ms": "ITL (ms)", "ttft_ms": "TTFT (ms)", "token_ms": "Per output token (ms)"}
+"""Columns of the limits."""
+
+
+def corners(search: SizeSearch) -> Table:
+    """Every lane unpruned, then the best of every lane pruned to the limit."""
+    if search.latency is None:
+        return Table("Lane", [], [])
+    names = list(search.latency.limits)
+    rows = [
+        Row(
+            one.lane,
+            [
+                Cell(one.name),
+                *(Cell(significant(one.costs[name])) for name in names),
+                Cell("" if one.nats is None else significant(one.nats)),
+                Cell("yes" if one.fits else "no"),
+            ],
+            detail="searched" if one.fits and one.lane == search.latency.lane else "",
+        )
+        for one in search.latency.corners
+    ]
+    limits = ", ".join(
+        f"{NAMES[name]} at most {significant(ms)}" for name, ms in search.latency.limits.items()
+    )
+    return Table(
+        "Lane",
+        ["Sizes", *(NAMES[name] for name in names), "Divergence (nats)", "Fits"],
+        rows,
+        f"Batch size {search.latency.limit['batch']}; {limits}. Times of the unpruned model are "
+        "measured, the others predicted; divergence adds up what format and cut cost.",
+    )
+
+
+def timed(search: SizeSearch) -> Table:
+    """Every candidate that was timed before anything else was spent on it."""
+    if search.latency is None:
+        return Table("Candidate", [], [])
+    rows = [
+        Row(
+            one.name,
+            [
+                Cell(NAMES[name].rpartition(" (")[0]),
+                Cell(significant(one.predicted[name])),
+                Cell(significant(one.measured[name])),
+                Cell(significant(one.before[name])),
+                Cell(significant(one.limits[name])),
+                Cell(times(one.speedup[name])),
+                Cell(one.verdict),
+            ],
+        )
+        for one in search.latency.tried
+        for name in search.latency.limits
+    ]
+    return Table(
+        "Candidate",
+        ["Time", "Predicted (ms)", "Measured (ms)", "Unpruned (ms)", "Limit (ms)", "Speed-up", ""],
+        rows,
+        "Timed on the runtime in turns with the unpruned model, before cutting and training; "
+        "predictions are of the latency table's own hour.",
+    )
