@@ -14,6 +14,8 @@ PUBLISHED = {
     "llama3.1-8b-to-4b-width-fp8": (8.03, 4.51),
     "qwen3-8b-to-6b-depth-fp8": (8.19, 5.88),
     "quickstart": (0.1345, 0.1013),
+    # a stand-in: what a limit on time leaves is not known before it was timed
+    "quickstart-latency": (0.1345, 0.1075),
 }
 
 
@@ -46,6 +48,31 @@ def test_three_mistakes_are_reported_at_once_with_their_paths():
     assert "3 problem(s)" in text
     for path in ("distill.steps", "prune.calibration_tokens", "shuffel"):
         assert path in text
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("latency=null", "budget.latency needs measured times"),
+        ("prune.budget={params: 80%}", "latency has no effect: no budget limits time"),
+        ("latency.lanes={engine: trtllm-engine}", "trtllm-engine is not run here"),
+        ("prune.budget.latency.itl_ms=fast", "write a number, or a percentage"),
+        ("prune.budget.latency={batch: 4}", "at least one of itl_ms, ttft_ms and tokens_per_s"),
+        ("prune.budget.latency={tokens_per_s: 80%}", "lies above 100%"),
+    ],
+)
+def test_limits_on_time_and_their_table_go_together(override, problem):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(WORKFLOWS / "quickstart-latency.yaml", [override])
+    assert problem in " ".join(str(caught.value).split())
+
+
+def test_a_table_is_made_of_what_is_cut_along_its_open_axes(tmp_path):
+    recipe = load_recipe(WORKFLOWS / "quickstart-latency.yaml")
+    planned = {one.step.name: one.step for one in make_plan(recipe, tmp_path).steps}
+    assert dict(planned["latency"].inputs) == {"source": "teacher"}
+    assert planned["latency"].config.axes == recipe.prune.axes
+    assert set(planned["pruned"].inputs) == {"source", "scores", "latency"}
 
 
 def test_a_rehearsal_shrinks_every_section_and_changes_every_key(tmp_path):

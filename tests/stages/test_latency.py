@@ -249,6 +249,19 @@ def test_a_runtime_that_never_keeps_the_limit_ends_the_search(
         prune(one_axis(data, itl_ms="85%"), source=teacher, latency=exact, out=tmp_path / "p")
 
 
+def test_candidates_are_timed_on_the_real_runtime(data, teacher, table, tmp_path):
+    config = one_axis(data, itl_ms="1000%", batch=1, min_speedup=0.01)
+    budget = config.budget.model_copy(update={"params": 0.9})
+    out = tmp_path / "pruned"
+    made = prune(
+        config.model_copy(update={"budget": budget}), source=teacher, latency=table, out=out
+    )
+    (row,) = made.metrics["latency"]["tried"]
+    assert row["verdict"] == "kept"
+    assert 0 < row["measured"]["itl_ms"] < 10 * row["before"]["itl_ms"]
+    assert read_shape(out).parameters <= 0.9 * read_shape(teacher.path).parameters
+
+
 @pytest.mark.parametrize("limit", [{"ttft_ms": "85%"}, {"tokens_per_s": "120%"}])
 def test_every_kind_of_limit_holds(data, teacher, exact, runtime, tmp_path, limit):
     made = prune(one_axis(data, **limit), source=teacher, latency=exact, out=tmp_path / "pruned")

@@ -26,6 +26,7 @@ from trt_kd.pruning.search import Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.pruning.sizes import settled
 from trt_kd.registry import Registry
+from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.latency import LatencyConfig
 from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_export
 
@@ -197,8 +198,7 @@ class Bench:
         shapes = {self.name(one): one.shape for one in batch}
 
         def make(folder: Path) -> dict[str, Any]:
-            exported = untested_export(self.lane, self.source, folder.with_name("exported-source"))
-            stand = Stand(self.lane, self.source, exported, self.axes)
+            stand = Stand(self.lane, self.source, self._exported(), self.axes)
             return cells_json(stand.time(shapes, self._benchmark(number), folder))
 
         label = "-".join([str(number), *sorted(shapes)])
@@ -208,7 +208,14 @@ class Bench:
             self.tried.append(self._judged(name, shape, cells))
         return {row["name"]: row["verdict"] == "kept" for row in self.tried}
 
-    def _benchmark(self, number: int) -> Any:
+    def _exported(self) -> Artifact:
+        """The unpruned model in the lane, laid out as the candidates are."""
+        place = self.work / "unpruned"
+        if place.is_dir():
+            return Artifact.open(place, expect="export")
+        return untested_export(self.lane, self.source, place)
+
+    def _benchmark(self, number: int) -> BenchmarkConfig:
         made = self.settings.benchmark(1000 + number)
         return made.model_copy(update={"batch_sizes": (self.limit.batch,)})
 
