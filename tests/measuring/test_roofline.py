@@ -3,31 +3,35 @@
 import pytest
 
 from trt_kd.measuring.machine import available_cores, load_average, peak_memory_bytes
-from trt_kd.measuring.roofline import DecodeWork, Peaks, decode_floor_ms, measure_peaks
+from trt_kd.measuring.roofline import DecodeWork, Peaks, decode_floor, measure_peaks
 
 WORK = DecodeWork(weight_bytes=4_000_000, weights=1_000_000, kv_bytes_per_token=1_000.0)
 
 
 def test_a_small_batch_waits_for_memory():
     peaks = Peaks(read_bytes_per_s=4e9, flops_per_s=1e15)
-    assert decode_floor_ms(WORK, peaks, batch_size=1, tokens=0) == pytest.approx(1.0)
+    floor = decode_floor(WORK, peaks, batch_size=1, tokens=0)
+    assert (floor.ms, floor.bound) == (pytest.approx(1.0), "weights")
 
 
 def test_the_cache_of_every_sequence_is_read():
     peaks = Peaks(read_bytes_per_s=4e9, flops_per_s=1e15)
-    floor = decode_floor_ms(WORK, peaks, batch_size=8, tokens=500)
-    assert floor == pytest.approx(1.0 + 8 * 500 * 1_000 / 4e9 * 1e3)
+    floor = decode_floor(WORK, peaks, batch_size=8, tokens=500)
+    assert floor.ms == pytest.approx(1.0 + 8 * 500 * 1_000 / 4e9 * 1e3)
+    assert floor.bound == "weights"
+    assert decode_floor(WORK, peaks, batch_size=8, tokens=501).bound == "cache"
 
 
 def test_a_large_batch_waits_for_arithmetic():
     peaks = Peaks(read_bytes_per_s=1e15, flops_per_s=2e9)
-    assert decode_floor_ms(WORK, peaks, batch_size=16, tokens=0) == pytest.approx(16.0)
+    floor = decode_floor(WORK, peaks, batch_size=16, tokens=0)
+    assert (floor.ms, floor.bound) == (pytest.approx(16.0), "compute")
 
 
 def test_the_float32_peak_does_not_bound_quantized_products():
     peaks = Peaks(read_bytes_per_s=4e9, flops_per_s=2e9)
     packed = DecodeWork(weight_bytes=500_000, weights=1_000_000, kv_bytes_per_token=0.0)
-    assert decode_floor_ms(packed, peaks, batch_size=16, tokens=0) == pytest.approx(0.125)
+    assert decode_floor(packed, peaks, batch_size=16, tokens=0).ms == pytest.approx(0.125)
 
 
 def test_measured_peaks_are_those_of_a_computer():

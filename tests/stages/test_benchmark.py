@@ -124,6 +124,7 @@ def test_records_hold_what_the_sessions_did(sleeper, settings, tmp_path):
             assert record["load_s"] > 0
             assert record["steady"] == (record["spread"] <= 0.25)
             assert 0 < record["decode_floor_ms"] < step_ms
+            assert record["decode_bound"] in ("weights", "cache", "compute")
     assert made.metrics["variants"]["slow"]["batch_1"]["itl_ms_p50"] >= 20.0
     made.verify()
 

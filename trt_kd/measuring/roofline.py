@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -44,12 +45,30 @@ class Peaks:
     """Float32 matrix products."""
 
 
-def decode_floor_ms(work: DecodeWork, peaks: Peaks, *, batch_size: int, tokens: float) -> float:
-    """Least milliseconds of one step with ``tokens`` of context in each of ``batch_size`` rows."""
-    read = work.weight_bytes + batch_size * tokens * work.kv_bytes_per_token
+Bound = Literal["weights", "cache", "compute"]
+"""What a step waits for: reading its weights, reading the key-value cache, arithmetic."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Least time of one step, and what sets it."""
+
+    ms: float
+    bound: Bound
+
+
+def decode_floor(work: DecodeWork, peaks: Peaks, *, batch_size: int, tokens: float) -> Floor:
+    """Floor of one step with ``tokens`` of context in each of ``batch_size`` rows.
+
+    Where memory sets it, ``bound`` is the larger part of what is read.
+    """
+    cache_bytes = batch_size * tokens * work.kv_bytes_per_token
+    read_s = (work.weight_bytes + cache_bytes) / peaks.read_bytes_per_s
     float32 = work.weight_bytes >= 4 * work.weights
-    compute = 2.0 * work.weights * batch_size if float32 else 0.0
-    return 1e3 * max(read / peaks.read_bytes_per_s, compute / peaks.flops_per_s)
+    compute_s = 2.0 * work.weights * batch_size / peaks.flops_per_s if float32 else 0.0
+    if compute_s > read_s:
+        return Floor(1e3 * compute_s, "compute")
+    return Floor(1e3 * read_s, "cache" if cache_bytes > work.weight_bytes else "weights")
 
 
 @cache

@@ -14,7 +14,7 @@ from trt_kd.reporting.formatting import (
     significant,
     times,
 )
-from trt_kd.reporting.model import GateResult, Report, Role, Variant
+from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant
 from trt_kd.reporting.readings import matching, mean_accuracy
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
 
@@ -27,6 +27,7 @@ def workloads(report: Report) -> Table:
         "TTFT p50 / p90 / p99 (ms)",
         "ITL p50 / p90 / p99 (ms)",
         "ITL floor (ms)",
+        "Floor / ITL p50 (%)",
         "Throughput (tok/s)",
         "Peak memory",
     ]
@@ -43,7 +44,7 @@ def workloads(report: Report) -> Table:
                 Cell(f"{record.input_tokens} + {record.output_tokens}"),
                 Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
                 Cell(_three(itl.p50, itl.p90, itl.p99)) if itl else Cell(),
-                Cell(significant(record.decode_floor_ms) if record.decode_floor_ms else MISSING),
+                *_floor(record),
                 Cell(
                     significant(record.output_tokens_per_s),
                     f"{fixed(100 * record.spread, 0)} %",
@@ -55,6 +56,16 @@ def workloads(report: Report) -> Table:
             label = f"{record.backend} {record.format}" + (f"; {steady}" if steady else "")
             rows.append(Row(variant.name, cells, variant is base, label))
     return Table("Variant", titles, rows)
+
+
+def _floor(record: SpeedRecord) -> tuple[Cell, Cell]:
+    """The floor with what sets it, and the share of it that was reached."""
+    floor_ms = record.decode_floor_ms
+    if not floor_ms:
+        return Cell(MISSING), Cell(MISSING)
+    bound = f" ({record.decode_bound})" if record.decode_bound else ""
+    share = fixed(100 * floor_ms / record.itl_ms.p50, 0) if record.itl_ms else MISSING
+    return Cell(significant(floor_ms) + bound), Cell(share)
 
 
 def _three(*values: float) -> str:

@@ -75,6 +75,8 @@ class SpeedRecord(Record):
     """Largest resident memory of the process that ran it."""
     decode_floor_ms: float | None = None
     """Least time of one decoding step on this machine, from its measured peaks (roofline)."""
+    decode_bound: Literal["weights", "cache", "compute"] | None = None
+    """What that least time waits for: reading weights, reading the cache, or arithmetic."""
     load_s: float | None = None
     """Time to load the model, not part of any other number."""
     steady: bool | None = None

@@ -39,7 +39,7 @@ from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
 from trt_kd.measuring.machine import affinity, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
-from trt_kd.measuring.roofline import Peaks, decode_floor_ms, measure_peaks
+from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks
 from trt_kd.measuring.rounds import Rounds
 from trt_kd.registry import Registry
 
@@ -297,12 +297,13 @@ def format_of(artifact: Artifact) -> str:
 def _floor(
     artifact: Artifact, backend: Backend, workload: Workload, peaks: Peaks
 ) -> dict[str, Metric]:
-    """Least milliseconds of the mean decoding step; None where the backend does not know."""
+    """Least milliseconds of the mean decoding step and why; None where the backend cannot say."""
     work = backend.decode_work(artifact.path)
     if work is None:
-        return {"decode_floor_ms": None}
+        return {"decode_floor_ms": None, "decode_bound": None}
     size, tokens = workload.batch_size, workload.input_tokens + workload.output_tokens / 2
-    return {"decode_floor_ms": decode_floor_ms(work, peaks, batch_size=size, tokens=tokens)}
+    floor = decode_floor(work, peaks, batch_size=size, tokens=tokens)
+    return {"decode_floor_ms": floor.ms, "decode_bound": floor.bound}
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Metric]:
