@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
+
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, piece
 from trt_kd.artifacts.environment import environment
@@ -31,13 +33,18 @@ from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_ex
 
 RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
 AXES = ["ffn", "heads", "kv_heads", "depth"]
-LANE = "int4"
+LANE = {"kind": "ort-genai", "precision": "int4"}
+NAME = "measured"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="error of predicted latencies")
     parser.add_argument("--teacher", type=Path, help="checkpoint artifact; else the quickstart's")
     parser.add_argument("--work", type=Path, default=Path("runs/latency-model"))
+    parser.add_argument(
+        "--lane", type=yaml.safe_load, default=LANE, help="exporter, as in a recipe"
+    )
+    parser.add_argument("--axes", nargs="+", default=AXES, help="what is cut")
     parser.add_argument("--unseen", type=int, default=20, help="architectures to predict")
     parser.add_argument("--probes", type=int, default=14, help="architectures in the table")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
@@ -61,8 +68,8 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     config = validate(
         LatencyConfig,
         {
-            "axes": AXES,
-            "lanes": {LANE: {"kind": "ort-genai", "precision": "int4"}},
+            "axes": given.axes,
+            "lanes": {NAME: given.lane},
             "batch_sizes": given.batch_sizes,
             "input_tokens": given.input_tokens,
             "output_tokens": given.output_tokens,
@@ -75,7 +82,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     made = Artifact.open(place) if place.is_dir() else latency(config, source=teacher, out=place)
     seen = read_table(made.path)
     rows = timed(config, teacher, seen, given)
-    model = seen.model(LANE)
+    model = seen.model(NAME)
     found = [
         {
             "sizes": row.sizes,
@@ -96,10 +103,10 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     sizes = [abs(one["error"]) for one in found]
     return {
         "hardware": environment(),
-        "lane": seen.lanes[LANE].lane,
+        "lane": seen.lanes[NAME].lane,
         "input_tokens": given.input_tokens,
         "output_tokens": given.output_tokens,
-        "probes": len(seen.lanes[LANE].rows) - 1,
+        "probes": len(seen.lanes[NAME].rows) - 1,
         "unseen": len(rows),
         "repeats": given.repeats,
         "limits": {"median_error": 0.07, "max_error": 0.20},
@@ -114,7 +121,7 @@ def timed(
     config: LatencyConfig, teacher: Artifact, seen: LatencyTable, given: argparse.Namespace
 ) -> list[Row]:
     """Times of architectures outside the table, on the table's scale of the machine."""
-    lane = build_plugin(EXPORTERS, seen.lanes[LANE].lane)
+    lane = build_plugin(EXPORTERS, seen.lanes[NAME].lane)
     shapes = unseen(config, seen, given.unseen)
     folder = given.work / "exported"
     exported = Artifact.open(folder) if folder.is_dir() else untested_export(lane, teacher, folder)
@@ -134,13 +141,13 @@ def timed(
             Row(sizes=shape.changes(seen.shape), cells=cells[name]) for name, shape in named.items()
         ]
         groups.append((cells[SOURCE], rows))
-    reference = seen.lanes[LANE].rows[0].cells
+    reference = seen.lanes[NAME].rows[0].cells
     return drift_corrected(groups, base=reference)[1:]
 
 
 def unseen(config: LatencyConfig, seen: LatencyTable, count: int) -> list[ModelShape]:
     """Sizes inside the table's limits that it did not measure, evenly spread."""
-    known = [row.sizes for row in seen.lanes[LANE].rows]
+    known = [row.sizes for row in seen.lanes[NAME].rows]
     other = config.model_copy(update={"seed": config.seed + 1, "probes": 2 * (count + len(known))})
     drawn = [one for one in other.shapes(seen.shape) if one.changes(seen.shape) not in known]
     return drawn[:count]
