@@ -1,6 +1,7 @@
 """What a pruned model may take on the runtime that ships: milliseconds, or a share of before."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -74,6 +75,8 @@ class Stopwatch:
     limit: LatencyLimit
     model: LatencyModel
     output_tokens: int
+    slower: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a limit, how many times more than predicted the runtime turned out to take."""
 
     @property
     def lane(self) -> str:
@@ -92,7 +95,8 @@ class Stopwatch:
     def values(self, shape: ModelShape) -> dict[str, Any]:
         """Predicted milliseconds of ``shape``, of numbers or arrays, by the name of every limit."""
         batch = self.limit.batch
-        return self._named({m: self.model.predict(m, shape, batch) for m in self._metrics()})
+        found = self._named({m: self.model.predict(m, shape, batch) for m in self._metrics()})
+        return {name: self.slower.get(name, 1.0) * ms for name, ms in found.items()}
 
     def errors(self) -> dict[str, float]:
         """Median error of the predictions, as a share, by metric."""

@@ -4,8 +4,8 @@ Predictions rank; before anything is spent on a candidate its sizes are timed on
 turns with the unpruned model, and those that miss the limit or gain too little are dropped.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from trt_kd.pruning.budget import Budget, amount
 from trt_kd.pruning.candidates import Candidate, possible
 from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.latency_limit import LatencyLimit, absolute, costs, stopwatch
-from trt_kd.pruning.search import Search, name_of, open_axes, ranked
+from trt_kd.pruning.search import Ranked, Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.pruning.sizes import settled
 from trt_kd.registry import Registry
@@ -142,22 +142,33 @@ class Bench:
         """The limits on time."""
         return _limit(self.budget)
 
-    def confirm(self, candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-        """The first ``count`` of ``candidates`` that keep the limits when measured, in order.
+    def confirm(self, rank: Callable[[Budget], Sequence[Ranked]], count: int) -> list[Ranked]:
+        """The first ``count`` candidates that keep the limits when measured, best first.
+
+        ``rank`` lists what a budget takes. It is asked again after every round, with predictions
+        corrected by what was measured.
 
         Raises:
-            ModelError: if none does.
+            ModelError: if nothing keeps the limits.
         """
-        waiting, kept = list(candidates), list[Candidate]()
+        kept: list[Ranked] = []
         for number in range(ROUNDS):
-            batch = self._next(waiting, count - len(kept))
+            try:
+                found = rank(self._corrected())
+            except ModelError:
+                if not self.tried:
+                    raise
+                break
+            known = {row["name"] for row in self.tried}
+            fresh = [one for one in found if self.name(one.candidate) not in known]
+            batch = fresh[: count - len(kept)]
             if not batch:
                 break
-            verdicts = self._round(number, batch)
-            kept += [one for one in batch if verdicts[self.name(one)]]
+            verdicts = self._round(number, [one.candidate for one in batch])
+            kept += [one for one in batch if verdicts[self.name(one.candidate)]]
         if not kept:
             raise self._nothing()
-        return [one for one in candidates if one in kept]
+        return sorted(kept, key=lambda one: one.predicted_nats)
 
     def record(self) -> dict[str, Any]:
         """What was asked, predicted and measured."""
@@ -178,16 +189,12 @@ class Bench:
         """Its sizes."""
         return name_of(candidate.shape, open_axes(self.axes))
 
-    def _next(self, waiting: list[Candidate], count: int) -> list[Candidate]:
-        """Take the next ones off ``waiting`` that fit by what the runtime has taught so far."""
-        batch: list[Candidate] = []
-        while waiting and len(batch) < count:
-            one = waiting.pop(0)
-            slower = self._slower()
-            predicted, limits = self.budget.values(one.shape), self.budget.limits(one.original)
-            if all(predicted[name] * slower.get(name, 1.0) <= limits[name] for name in limits):
-                batch.append(one)
-        return batch
+    def _corrected(self) -> Budget:
+        """The budget with predictions as far off as the median candidate's was."""
+        watch = self.budget.stopwatch
+        if watch is None:
+            return self.budget
+        return self.budget.timed_by(replace(watch, slower=self._slower()))
 
     def _slower(self) -> dict[str, float]:
         """How many times more than predicted the candidates took, beside the unpruned model."""
@@ -217,7 +224,8 @@ class Bench:
 
     def _benchmark(self, number: int) -> BenchmarkConfig:
         made = self.settings.benchmark(1000 + number)
-        return made.model_copy(update={"batch_sizes": (self.limit.batch,)})
+        update = {"batch_sizes": (self.limit.batch,), "repeats": 2 * made.repeats}
+        return made.model_copy(update=update)
 
     def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
         """What a candidate took, held against the unpruned model of the same run."""
@@ -311,7 +319,11 @@ def in_time(
     """``config`` with its one open axis at the largest size that is fast enough when measured."""
     bench = bench_of(config, latency, source, work)
     shape = read_shape(source.path)
-    fitting = possible(config.axes, shape, bench.budget, config.target, slack=1.0)
-    kept = bench.confirm(fitting, 1)[0].shape
+
+    def largest(budget: Budget) -> list[Ranked]:
+        found = possible(config.axes, shape, budget, config.target)
+        return [Ranked(one, -float(one.parameters)) for one in found]
+
+    kept = bench.confirm(largest, 1)[0].candidate.shape
     update = {"axes": settled(config.axes, kept), "budget": None}
     return config.model_copy(update=update), bench.record()
