@@ -7,10 +7,12 @@ import pytest
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.artifacts.environment import environment
+from trt_kd.cli.candidates import dry_run
 from trt_kd.errors import ConfigError, ModelError
 from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
 from trt_kd.pruning.budget import Budget
+from trt_kd.pruning.candidates import SearchSpace
 from trt_kd.pruning.search import Search
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.stages import confirming
@@ -365,3 +367,25 @@ def test_a_search_measures_only_what_keeps_the_limit(data, teacher, exact, runti
     assert {row["name"] for row in search["measured"]} <= kept
     assert search["winner"] in kept
     assert any(row["verdict"] == "over the limit" for row in search["latency"]["tried"])
+
+
+# --- the dry run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [("80%", "at most"), ("110%", "there is nothing to prune for")]
+)
+def test_a_dry_run_shows_the_lanes_first(config, teacher, exact, capsys, limit, said):
+    space = SearchSpace(axes=AXES, budget={"latency": {"itl_ms": limit, "batch": 2}})
+    dry_run(space, teacher.path, table=exact.path)
+    lanes, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert "plain  unpruned" in lanes
+    assert said in rest
+
+
+def test_a_dry_run_tells_programs_everything(config, teacher, exact, capsys):
+    space = SearchSpace(axes=AXES, budget={"latency": {"itl_ms": "80%", "batch": 2}})
+    dry_run(space, teacher.path, table=exact.path, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [one["name"] == "unpruned" for one in told["corners"]] == [True, False]
+    assert all(one["costs"]["itl_ms"] <= told["limits"]["itl_ms"] for one in told["candidates"])

@@ -65,6 +65,8 @@ def dry_run(
 def _dry_run_in_time(
     config: "SearchSpace", shape: "ModelShape", place: Path, *, as_json: bool
 ) -> None:
+    from dataclasses import asdict
+
     from trt_kd.errors import ConfigError
     from trt_kd.latency.table import read_table
     from trt_kd.pruning.candidates import possible
@@ -79,13 +81,20 @@ def _dry_run_in_time(
         )
     found = corners(config.budget, timed, config.axes, config.target)
     lane = next((one.lane for one in found if one.fits and one.name != "unpruned"), None)
-    if not as_json:
-        print(table(corner_rows(found)) + "\n")
+    rows = [asdict(one) for one in found]
     if limit is None or lane is None:
+        if as_json:
+            print_json({"schema_version": 1, "corners": rows, "candidates": []})
+        else:
+            print(f"{table(corner_rows(found))}\n\nit fits unpruned: there is nothing to prune for")
         return
     budget = config.budget.timed_by(stopwatch(limit, timed, lane)).deployed(config.target)
     candidates = possible(config.axes, shape, budget, config.target)
-    print_candidates(candidates, shape, budget, config.target, as_json=as_json)
+    if as_json:
+        print_json(candidates_json(candidates, shape, budget, config.target) | {"corners": rows})
+        return
+    print(table(corner_rows(found)) + "\n")
+    print_candidates(candidates, shape, budget, config.target)
 
 
 def corner_rows(found: "Sequence[Corner]") -> list[list[str]]:
