@@ -225,8 +225,7 @@ def test_what_cannot_be_measured_is_refused(script, wrong, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_script_runs_with_processes_of_its_own(script, forks, monkeypatch, capsys):
-    monkeypatch.setattr(script, "subprocess", forks)
+def test_the_whole_script_runs_with_processes_of_its_own(script, capsys):
     assert script.main([*TINY, "--variants", "online", "modelopt"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(record["ratios"]) == {"online", "memory_ratio"}

@@ -25,6 +25,8 @@ STEP_LIMIT = timedelta(minutes=30)
 """Longest wait for the other processes inside a training step."""
 WORK_LIMIT = timedelta(days=2)
 """Longest wait for what process 0 does alone, such as writing a cache of logits."""
+FAREWELL_S = 5.0
+"""How long process 0 stays for the others to hear that it failed."""
 POLL_S = 0.05
 """Between two looks whether a message is there."""
 
@@ -108,10 +110,19 @@ class Processes:
             ) from error
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others, unless one has told them already or there is nobody left to tell."""
+        """Tell the others, unless one has told them already or there is nobody left to tell.
+
+        Process 0, which may host the store, stays a moment so that they can hear it.
+        """
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         with suppress(RuntimeError):
             self.store.compare_set(_FAILED, "", f"process {self.rank} stopped: {reason}")
+            self.store.add("left", 1)
+            end = time.monotonic() + FAREWELL_S
+            while self.main and int(self.store.add("left", 0)) < self.count:
+                if time.monotonic() > end:
+                    return
+                time.sleep(POLL_S)
 
     def _leave(self) -> None:
         """Let process 0, which may host the store, go last."""
