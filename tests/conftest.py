@@ -3,6 +3,7 @@
 import ast
 import gc
 import json
+import logging
 import os
 import runpy
 import signal
@@ -178,6 +179,21 @@ def out_of_reach(request, one_version, on_transformers):
 def forks():
     """Stands for the module ``subprocess`` where a script of Python would load everything anew."""
     return SimpleNamespace(**vars(subprocess) | {"run": run_forked})
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger():
+    """Take off what a command that ran in this process hung on our logger: its stream is closed."""
+    _bare_logger()
+    yield
+    _bare_logger()
+
+
+def _bare_logger():
+    ours = logging.getLogger("trt_kd")
+    ours.handlers.clear()
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
 
 
 class MadeConfig(StageConfig):
