@@ -194,6 +194,7 @@ def _bare_logger():
     ours.handlers.clear()
     ours.propagate = True
     ours.setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 class MadeConfig(StageConfig):
