@@ -69,11 +69,13 @@ def _dry_run_in_time(
 
     from trt_kd.errors import ConfigError
     from trt_kd.latency.table import read_table
+    from trt_kd.pruning.budget import limited
     from trt_kd.pruning.candidates import possible
     from trt_kd.pruning.latency_limit import stopwatch
     from trt_kd.stages.confirming import corners
 
-    timed, limit = read_table(place), config.budget.latency
+    _, limit = limited(config.budget)
+    timed = read_table(place)
     if timed.shape != shape:
         raise ConfigError(
             f"the latency table in {place} is of another model",
@@ -82,7 +84,7 @@ def _dry_run_in_time(
     found = corners(config.budget, timed, config.axes, config.target)
     lane = next((one.lane for one in found if one.fits and one.name != "unpruned"), None)
     rows = [asdict(one) for one in found]
-    if limit is None or lane is None:
+    if lane is None:
         if as_json:
             print_json({"schema_version": 1, "corners": rows, "candidates": []})
         else:
@@ -124,8 +126,9 @@ def candidate_rows(
         sizes = [str(getattr(one.shape, name)) for name in names]
         counts = [f"{one.parameters:,}"] + ([f"{one.active_parameters:,}"] if active else [])
         memory = f"{one.memory_bytes / MB:,.1f}"
-        ms = [f"{watch.values(one.shape)[name]:,.2f}" for name in times] if watch else []
-        rows.append([*sizes, *counts, f"{one.share:.1%}", memory, *ms, legality(one)])
+        ms = watch.values(one.shape) if watch else {}
+        told = [f"{ms[name]:,.2f}" for name in times]
+        rows.append([*sizes, *counts, f"{one.share:.1%}", memory, *told, legality(one)])
     return rows
 
 

@@ -6,7 +6,7 @@ measured model out at a time. Between measured batch sizes times are interpolate
 the measured sizes nothing is predicted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,9 +97,7 @@ class LatencyModel:
         Raises:
             ModelError: if the batch size, or a size that is a number, is beyond what was measured.
         """
-        (low, first), (high, second) = self._around(metric, batch_size)
-        share = 0.0 if low == high else (batch_size - low) / (high - low)
-        ms = (1 - share) * first.predict(shape) + share * second.predict(shape)
+        ms = self._between(metric, batch_size, lambda fit: fit.predict(shape))
         outside = self._outside(shape)
         if np.ndim(outside) or np.ndim(ms):
             return np.where(outside, np.inf, ms)
@@ -112,16 +110,23 @@ class LatencyModel:
 
     def measured(self, metric: Metric, batch_size: int) -> float:
         """Milliseconds of the unpruned model itself, interpolated between batch sizes alone."""
-        (low, _), (high, _) = self._around(metric, batch_size)
         ms = self._timed[0].ms
-        share = 0.0 if low == high else (batch_size - low) / (high - low)
-        return (1 - share) * ms[metric, low] + share * ms[metric, high]
+        found = self._between(metric, batch_size, lambda fit: ms[metric, fit.batch_size])
+        return float(found)
 
     def error(self, metric: Metric, batch_size: int) -> float:
         """Median error of predictions, as a share: the larger one of the batch sizes around."""
-        return max(fit.median_error for _, fit in self._around(metric, batch_size))
+        return max(fit.median_error for fit in self._around(metric, batch_size))
 
-    def _around(self, metric: Metric, batch_size: int) -> tuple[tuple[int, Fit], tuple[int, Fit]]:
+    def _between(self, metric: Metric, batch_size: int, of: Callable[[Fit], Any]) -> Any:
+        """Interpolate what ``of`` gives for the nearest batch sizes."""
+        low, high = self._around(metric, batch_size)
+        if low is high:
+            return of(low)
+        share = (batch_size - low.batch_size) / (high.batch_size - low.batch_size)
+        return (1 - share) * of(low) + share * of(high)
+
+    def _around(self, metric: Metric, batch_size: int) -> tuple[Fit, Fit]:
         """The fits of the nearest batch sizes at or below and at or above."""
         below = [batch for batch in self.batch_sizes if batch <= batch_size]
         above = [batch for batch in self.batch_sizes if batch >= batch_size]
@@ -132,13 +137,12 @@ class LatencyModel:
                 hint="make the table anew with batch_sizes around it",
             )
         try:
-            low, high = self.fits[metric, below[-1]], self.fits[metric, above[0]]
+            return self.fits[metric, below[-1]], self.fits[metric, above[0]]
         except KeyError as error:
             raise ModelError(
                 f"the latency table of lane {self.lane} has no {metric}",
                 hint="make it anew with output_tokens of at least 2",
             ) from error
-        return (below[-1], low), (above[0], high)
 
     def _outside(self, shape: ModelShape) -> Any:
         found: Any = np.False_

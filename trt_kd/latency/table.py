@@ -12,7 +12,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
 from trt_kd.errors import ArtifactError, ConfigError
 from trt_kd.latency.model import LatencyModel, Timed
-from trt_kd.latency.operators import Metric
+from trt_kd.latency.operators import METRICS, Metric
 
 FILE = "latency.json"
 
@@ -154,8 +154,7 @@ def _middle(cells: Sequence[Cell]) -> Cell:
 def _scaled(cell: Cell, reference: Cell, here: Cell) -> Cell:
     """``cell`` times what the reference is over all groups, over what it was in this one."""
     update: dict[str, Any] = {}
-    metrics: tuple[Metric, ...] = ("ttft_ms", "itl_ms")
-    for metric in metrics:
+    for metric in METRICS:
         values, base, now = (getattr(one, metric) for one in (cell, reference, here))
         if values is not None:
             factor = base["p50"] / now["p50"]

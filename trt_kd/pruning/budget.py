@@ -115,10 +115,7 @@ class Budget(StrictModel):
             ConfigError: if there are, and no latency table was given.
         """
         if self.latency is not None and self._stopwatch is None:
-            raise ConfigError(
-                "budget.latency needs measured times",
-                hint="make a table with trt-kd latency-table and give it as --latency",
-            )
+            raise untimed()
         return self._stopwatch if self.latency is not None else None
 
     def deployed(self, target: Target) -> Self:
@@ -174,6 +171,28 @@ class Budget(StrictModel):
             f"the model fits the budget unpruned: {told}",
             hint="ask for less than it has, or leave out the pruning",
         )
+
+
+def untimed() -> ConfigError:
+    """What to say where time is limited and no latency table is given."""
+    return ConfigError(
+        "budget.latency needs measured times",
+        hint="make a table with trt-kd latency-table and give it as --latency",
+    )
+
+
+def limited(budget: Budget | None) -> tuple[Budget, LatencyLimit]:
+    """``budget`` and its limits on time, for which a latency table is given.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    if budget is None or budget.latency is None:
+        raise ConfigError(
+            "a latency table has no effect without limits on time",
+            hint="give budget.latency, such as {itl_ms: 70%, batch: 4}, or leave the table out",
+        )
+    return budget, budget.latency
 
 
 def _known(what: str, value: str, known: "dict[str, Any]") -> str:

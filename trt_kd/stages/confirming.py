@@ -18,10 +18,10 @@ from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
 from trt_kd.latency.table import Cell, LatencyTable, read_table
 from trt_kd.pruning.base import Axis
-from trt_kd.pruning.budget import Budget, amount
+from trt_kd.pruning.budget import Budget, amount, limited
 from trt_kd.pruning.candidates import Candidate, possible
 from trt_kd.pruning.catalogue import Target
-from trt_kd.pruning.latency_limit import LatencyLimit, absolute, costs, stopwatch
+from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, absolute, costs, stopwatch
 from trt_kd.pruning.search import Ranked, Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.pruning.sizes import settled
@@ -66,15 +66,16 @@ def corners(
         ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
         ModelError: if nothing in any lane keeps the limits.
     """
-    limit = _limit(budget)
+    budget, limit = limited(budget)
     shape, opened = table.shape, open_axes(axes)
     search = search or Search()
     plain, pruned, refused = [], [], None
     for lane in [limit.lane] if limit.lane else list(table.lanes):
-        within = budget.timed_by(stopwatch(limit, table, lane))
+        watch = stopwatch(limit, table, lane)
+        within = budget.timed_by(watch)
         kl_nats = table.lanes[lane].kl_nats
         fits = within.fits(shape, shape)
-        before = within.values(shape) | stopwatch(limit, table, lane).before()
+        before = within.values(shape) | watch.before()
         plain.append(Corner(lane, "unpruned", fits, before, kl_nats))
         if fits:
             continue
@@ -114,21 +115,14 @@ def chosen_lane(found: Sequence[Corner]) -> str:
     return best.lane
 
 
-def _limit(budget: Budget) -> LatencyLimit:
-    if budget.latency is None:
-        raise ConfigError(
-            "a latency table has no effect on a budget without latency",
-            hint="give budget.latency, such as {itl_ms: 70%, batch: 4}, or leave the table out",
-        )
-    return budget.latency
-
-
 @dataclass(frozen=True)
 class Bench:
     """What candidates are timed with: the table's own settings, at the limit's batch size."""
 
     budget: Budget
-    """With the means to predict."""
+    """Held against by ``watch``."""
+    watch: Stopwatch
+    """The limits on time and the predictions of the table."""
     lane: Exporter
     settings: LatencyConfig
     source: Artifact
@@ -140,7 +134,7 @@ class Bench:
     @property
     def limit(self) -> LatencyLimit:
         """The limits on time."""
-        return _limit(self.budget)
+        return self.watch.limit
 
     def confirm(self, rank: Callable[[Budget], Sequence[Ranked]], count: int) -> list[Ranked]:
         """The first ``count`` candidates that keep the limits when measured, best first.
@@ -172,9 +166,7 @@ class Bench:
 
     def record(self) -> dict[str, Any]:
         """What was asked, predicted and measured."""
-        watch = self.budget.stopwatch
-        if watch is None:
-            return {}
+        watch = self.watch
         return {
             "lane": watch.lane,
             "corners": [asdict(corner) for corner in self.corners],
@@ -191,10 +183,7 @@ class Bench:
 
     def _corrected(self) -> Budget:
         """The budget with predictions as far off as the median candidate's was."""
-        watch = self.budget.stopwatch
-        if watch is None:
-            return self.budget
-        return self.budget.timed_by(replace(watch, slower=self._slower()))
+        return self.budget.timed_by(replace(self.watch, slower=self._slower()))
 
     def _slower(self) -> dict[str, float]:
         """How many times more than predicted the candidates took, beside the unpruned model."""
@@ -229,12 +218,9 @@ class Bench:
 
     def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
         """What a candidate took, held against the unpruned model of the same run."""
-        watch = self.budget.stopwatch
-        if watch is None:
-            raise ConfigError("nothing limits time", hint="give budget.latency")
         measured, before = (self._costs(cells[one]) for one in (name, SOURCE))
         limits = absolute(self.limit, before)
-        predicted, expected = watch.values(shape), watch.before()
+        predicted, expected = self.watch.values(shape), self.watch.before()
         speedup = {cost: before[cost] / measured[cost] for cost in measured}
         verdict = "kept"
         if any(measured[cost] > limits[cost] for cost in measured):
@@ -289,10 +275,9 @@ def bench_of(
             f"the latency table in {latency.path} is of another model than {source.path}",
             hint="make one of this model with trt-kd latency-table",
         )
-    budget, table = config.budget, read_table(latency.path)
-    if budget is None:
-        raise ConfigError("nothing limits time", hint="give budget.latency")
-    if not points and _limit(budget).lane is None and len(table.lanes) > 1:
+    budget, limit = limited(config.budget)
+    table = read_table(latency.path)
+    if not points and limit.lane is None and len(table.lanes) > 1:
         raise ConfigError(
             f"the latency table has {len(table.lanes)} lanes: {', '.join(table.lanes)}",
             hint="name one as budget.latency.lane; only a search over several axes can choose",
@@ -302,8 +287,10 @@ def bench_of(
     lane = chosen_lane(found)
     registry: Registry[Any] = EXPORTERS
     exporter: Any = build_plugin(registry, table.lanes[lane].lane)
+    watch = stopwatch(limit, table, lane)
     return Bench(
-        budget=budget.timed_by(stopwatch(_limit(budget), table, lane)),
+        budget=budget.timed_by(watch),
+        watch=watch,
         lane=exporter,
         settings=LatencyConfig.model_validate(latency.manifest.config),
         source=source,

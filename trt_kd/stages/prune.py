@@ -18,7 +18,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ConfigError
 from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.pruning.base import Axis, Evidence, Importance
-from trt_kd.pruning.budget import Budget
+from trt_kd.pruning.budget import Budget, limited, untimed
 from trt_kd.pruning.candidates import possible
 from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.depth import DepthAxis
@@ -275,16 +275,10 @@ def prune(
 
 
 def _check_timed(config: PruneConfig, latency: Artifact | None) -> None:
-    if config.is_timed and latency is None:
-        raise ConfigError(
-            "budget.latency needs measured times",
-            hint="make a table with trt-kd latency-table and give it as --latency",
-        )
-    if latency is not None and not config.is_timed:
-        raise ConfigError(
-            "a latency table has no effect without limits on time",
-            hint="give budget.latency, such as {itl_ms: 70%, batch: 4}, or leave the table out",
-        )
+    if latency is not None:
+        limited(config.budget)
+    elif config.is_timed:
+        raise untimed()
 
 
 def check_scores(config: PruneConfig, scores: Artifact, source: Artifact) -> None:
