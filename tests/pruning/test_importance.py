@@ -416,3 +416,15 @@ def test_layers_named_to_be_dropped_are_not_scored(make_decoder, blocks):
     measured = shrink(model, partial(trunk, [blocks]), request, shape)
     assert measured["kept_layers"] == [0, 2, 3]
     assert passes == []
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_total_is_added_to_where_it_lies(name):
+    importance = IMPORTANCE.load(name)()
+    totals = [torch.zeros(3, dtype=torch.float64)]
+    before, batches = totals[0], torch.rand(2, 3, dtype=torch.float64)
+    for contribution in batches:
+        importance.accumulate(totals, 0, contribution)
+    once = importance.combined(importance.combined(torch.zeros(3), batches[0]), batches[1])
+    assert totals[0] is before
+    assert torch.equal(before, once)

@@ -50,6 +50,15 @@ class Importance(Plugin, ABC):
         """The total with one more batch."""
         return total + contribution
 
+    def accumulate(self, totals: "list[Tensor]", index: int, contribution: "Tensor") -> None:
+        """Add one batch to one of ``totals``, in place.
+
+        A total made anew with every batch would lie between the temporaries of the model and split
+        the space that they leave, which cost a quarter of a forward pass's memory.
+        """
+        total = totals[index].to(contribution.device)
+        totals[index] = total.copy_(self.combined(total, contribution))
+
     def most_blocks(self) -> int | None:
         """Calibration sequences that losses are taken over at most; None for all."""
         return None
@@ -86,11 +95,13 @@ class Place:
     """The projection that reads the units, which can be refit to those that are kept."""
     cut: "Callable[[Tensor], None] | None" = None
     """Drops all units but these, where slices cannot say how."""
+    whole: int = 0
+    """How many units there are, where slices cannot say."""
 
     @property
     def units(self) -> int:
         """How many there are."""
-        return self.slices[-1].units
+        return self.slices[-1].units if self.slices else self.whole
 
 
 @dataclass

@@ -41,6 +41,7 @@ class ExpertFfnAxis(WidthAxis):
                 (_site(experts, channel_states, channel_pair),),
                 layer=n,
                 cut=partial(_narrow, experts),
+                whole=experts.count * experts.width,
             )
             for n, experts in mixtures(model, architecture)
         ]
@@ -76,7 +77,12 @@ class ExpertsAxis(WidthAxis):
     def places(self, model: "PreTrainedModel", architecture: "Architecture") -> list[Place]:
         """One per mixture: what each expert adds to the output for the tokens it is given."""
         return [
-            Place((_site(experts, expert_states, expert_pair),), layer=n, cut=experts.keep)
+            Place(
+                (_site(experts, expert_states, expert_pair),),
+                layer=n,
+                cut=experts.keep,
+                whole=experts.count,
+            )
             for n, experts in mixtures(model, architecture)
         ]
 

@@ -154,7 +154,12 @@ def _add(
 ) -> None:
     pair = (state, gradient) if site.pair is None else site.pair(state, gradient)
     contribution_N = importance.contribution(*pair).reshape(-1, site.width).sum(dim=1)
-    sums[index] = importance.combined(sums[index], contribution_N)
+    importance.accumulate(sums, index, contribution_N)
+
+
+def no_totals(count: int) -> list[Tensor]:
+    """Totals of runs of layers before the first batch, each ``[]`` in float64."""
+    return [torch.zeros((), dtype=torch.float64) for _ in range(count)]
 
 
 def watch_layers(
@@ -164,7 +169,7 @@ def watch_layers(
 
     ``modules`` are the layers and the norm after them: what enters is the residual stream.
     """
-    totals = [torch.zeros(()) for _ in modules[run_length:]]
+    totals = no_totals(len(modules) - run_length)
     stream: list[Tensor] = []
 
     def observe(index: int, state_BLH: Tensor) -> None:
@@ -177,7 +182,7 @@ def watch_layers(
     def add(before_BLH: Tensor, after_BLH: Tensor, index: int, gradient_BLH: Tensor) -> None:
         first = index - run_length
         states = (before_BLH.to(after_BLH.device), after_BLH, gradient_BLH)
-        totals[first] = importance.combined(totals[first], importance.contribution(*states))
+        importance.accumulate(totals, first, importance.contribution(*states))
 
     for index, module in enumerate(modules):
         hook(module, "input", partial(observe, index))

@@ -52,7 +52,10 @@ def record(
     residual = _Residual(layers, len(architecture.layers(model)))
     with hooks() as hook, loss_passes.fed_tokens(architecture.body(model)) as batches:
         for kind, (importance, places) in channels.items():
-            totals = [[torch.zeros(()) for _ in place.sites] for place in places]
+            totals = [
+                [torch.zeros(place.units, dtype=torch.float64) for _ in place.sites]
+                for place in places
+            ]
             recording.channels[kind] = totals
             if importance.evidence == "states":
                 _record_channels(importance, places, totals, hook)
@@ -113,8 +116,7 @@ def _record_channels(
 def _add_channels(
     importance: Importance, sums: list[Tensor], index: int, site: Site, state_BLC: Tensor
 ) -> None:
-    contribution = importance.contribution(states(site, state_BLC.detach()))
-    sums[index] = importance.combined(sums[index], contribution)
+    importance.accumulate(sums, index, importance.contribution(states(site, state_BLC.detach())))
 
 
 def _residual_readers(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
@@ -131,12 +133,12 @@ class _Residual:
     def __init__(self, layers: Layers | None, depth: int) -> None:
         self.tokens, self.depth = 0, depth
         self.block = BlockInfluence()
-        self.influence = [torch.zeros(())] * depth
+        self.influence = loss_passes.no_totals(depth)
         self.layers = layers if layers and layers.importance.evidence == "states" else None
         # Most often runs are single layers, judged by what is measured anyway.
         self.shared = self.layers == Layers(self.block, 1)
         count = depth - self.layers.run_length + 1 if self.layers and not self.shared else 0
-        self.runs = [torch.zeros(())] * count
+        self.runs = loss_passes.no_totals(count)
         self.stream: dict[int, Tensor] = {}
 
     def watch(self, modules: Sequence[nn.Module], hook: Hook) -> None:
@@ -169,7 +171,7 @@ class _Residual:
             return
         after = self.stream[last]
         before = self.stream[first].to(after.device)
-        totals[first] = importance.combined(totals[first], importance.contribution(before, after))
+        importance.accumulate(totals, first, importance.contribution(before, after))
 
 
 def _record_losses(
