@@ -17,6 +17,7 @@ from torch import nn
 
 from trt_kd.checkpoints import load_model
 from trt_kd.teachers.online import OnlineTeacher
+from trt_kd.training.attention import blockwise_attention
 
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
 MATRIX_SECONDS = 0.5
@@ -76,7 +77,7 @@ def parts_of(
     )
 
     def student_trunk() -> None:
-        with autocast():
+        with autocast(), blockwise_attention():
             out = student.base_model(input_ids=tokens_BL, use_cache=False)
         out.last_hidden_state.backward(gradient_BLD.to(out.last_hidden_state.dtype))
 
@@ -86,7 +87,7 @@ def parts_of(
         _ = logits_TV.mT @ hidden_TD
 
     def teacher_trunk() -> None:
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(), blockwise_attention():
             teacher.base_model(input_ids=tokens_BL, use_cache=False)
 
     def teacher_head() -> None:

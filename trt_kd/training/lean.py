@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from trt_kd.training.lean_functions import Gate, GatedMLP, Linear, NormForm, RMSNorm
+from trt_kd.training.lean_functions import (
+    Gate,
+    GatedMLP,
+    Linear,
+    NormForm,
+    RMSNorm,
+    apply,
+    autocast_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +102,10 @@ def _linear_forward(module: nn.Linear) -> Forward:
     """Lean under autocast; elsewhere the plain one keeps no more than it needs."""
 
     def forward(x: Tensor) -> Tensor:
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x)
         if dtype is None:
             return F.linear(x, module.weight, module.bias)
-        return _apply(Linear, x, module.weight, module.bias, dtype)
+        return apply(Linear, x, module.weight, module.bias, dtype)
 
     return forward
 
@@ -114,8 +122,8 @@ def _eps(module: Any) -> float:
 
 def _norm_forward(module: nn.Module, form: NormForm) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        narrow = _autocast_dtype(x) if form.shared else None
-        return _apply(RMSNorm, x, module.weight, form, narrow)
+        narrow = autocast_dtype(x) if form.shared else None
+        return apply(RMSNorm, x, module.weight, form, narrow)
 
     return forward
 
@@ -219,9 +227,9 @@ def _mlp_forward(module: nn.Module) -> Forward:
         parts = _mlp_parts(module)
         if parts is None or parts.observed():
             return cast("Tensor", plain(module, x))
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x)
         gate = Gate(parts.activation, dtype or x.dtype, dtype is not None)
-        return _apply(GatedMLP, x, gate, *parts.parameters())
+        return apply(GatedMLP, x, gate, *parts.parameters())
 
     return forward
 
@@ -324,15 +332,3 @@ def _readers(root: Any) -> dict[Any, set[str]]:
                 seen.add(below)
                 waiting.append(below)
     return found
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of ``x`` in a matrix product, or None where it leaves it alone."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    return cast("Tensor", function.apply(*arguments))  # type: ignore[no-untyped-call]

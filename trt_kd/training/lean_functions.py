@@ -21,6 +21,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of ``x`` in a matrix product, or None where it leaves it alone."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Run a function of this kind, which gives one tensor."""
+    return cast("Tensor", function.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class NormForm:
     """Which RMS norm: ``(offset + weight) * x / sqrt(mean(x^2) + eps)``, in float32."""

@@ -19,6 +19,7 @@ from trt_kd.teachers.cross_tokenizer import Translated
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
 from trt_kd.teachers.writer import ends_of
+from trt_kd.training.attention import blockwise_attention
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.crossing import CrossTrainer
@@ -83,7 +84,7 @@ def train(
     shown: list[TrainerCallback] = [progress, events] if processes.main else []
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _environment(schedule), lean(student):
+    with _quiet(), _environment(schedule), lean(student), blockwise_attention():
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints, processes.count),
