@@ -3,9 +3,10 @@
     python benchmarks/losses_table.py [--teacher CHECKPOINT --student CHECKPOINT] [--steps 30]
 
 Trains the quickstart's pruned student by the quickstart's settings, once with every loss against
-the teacher's logits at its defaults and once on plain cross-entropy, and measures each on held-out
-text and on the quickstart's tasks. What is finished in the work folder is not made again. Without
---teacher and --student the quickstart's are made. Prints a table, then one line of JSON.
+the teacher's logits at its defaults, once with each of the main feature losses beside the forward
+KL, at weight 1 and in the pairs of the default, and once on plain cross-entropy. Measures each on
+held-out text and on the quickstart's tasks. What is finished in the work folder is not made again.
+Without --teacher and --student the quickstart's are made. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -27,6 +28,15 @@ from trt_kd.stages.prune import prune
 
 RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
 UNTRAINED, CROSS_ENTROPY = "untrained", "cross_entropy"
+FEATURES: dict[str, dict[str, Any]] = {
+    "mse": {"normalise": "standardise"},
+    "cosine": {},
+    "attention_transfer": {},
+    "gram": {},
+    "rkd_distance": {},
+    "minilm": {"count": 1},
+}
+"""The main ones, with what makes them fit here: one pair, the last, is enough for relations."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/losses-table"))
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="for all other settings")
     parser.add_argument("--losses", nargs="+", default=LOSSES.names(), choices=LOSSES.names())
+    parser.add_argument(
+        "--features",
+        nargs="*",
+        default=list(FEATURES),
+        choices=list(FEATURES),
+        help="beside the KL",
+    )
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args(arguments)
     try:
@@ -64,8 +81,12 @@ def compared(given: argparse.Namespace) -> dict[str, Any]:
     base = recipe.distill.model_copy(update=steps)
     control = made(given.work / CROSS_ENTROPY, base.cross_entropy(), distill, student=student)
     trained = {UNTRAINED: student, CROSS_ENTROPY: control}
-    for name in given.losses:
-        config = DistillConfig.model_validate(base.model_dump() | {"loss": name})
+    objectives: dict[str, dict[str, Any]] = {name: {"loss": name} for name in given.losses}
+    for kind in given.features:
+        term = {"loss": kind} | FEATURES[kind]
+        objectives[f"forward_kl+{kind}"] = {"loss": "forward_kl", "features": [term]}
+    for name, objective in objectives.items():
+        config = DistillConfig.model_validate(base.model_dump() | objective)
         out = given.work / name
         trained[name] = made(out, config, distill, student=student, teacher=teacher)
     rows = {}

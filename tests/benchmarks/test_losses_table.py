@@ -27,13 +27,14 @@ def test_every_loss_stands_beside_both_controls(teacher, text_file, tmp_path, mo
     }
     recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
     given = ["--recipe", recipe, "--teacher", teacher.path, "--work", tmp_path / "work"]
-    losses = ["--steps", "2", "--losses", "forward_kl", "jsd"]
+    losses = ["--steps", "2", "--losses", "forward_kl", "jsd", "--features", "mse", "minilm"]
     for _ in range(2):  # the second time from what stands in the work folder
         assert script.main([*map(str, given), *losses]) == 0
         *lines, last = capsys.readouterr().out.splitlines()
         record = json.loads(last)
         names = [row["name"] for row in record["results"]]
-        assert names == ["untrained", "cross_entropy", "forward_kl", "jsd"]
+        trained = ["forward_kl", "jsd", "forward_kl+mse", "forward_kl+minilm"]
+        assert names == ["untrained", "cross_entropy", *trained]
         assert record["tokens"] == 2 * 2 * 32
-        assert len({row["kl_to_teacher_nats"] for row in record["results"]}) == 4
+        assert len({row["kl_to_teacher_nats"] for row in record["results"]}) == 6
         assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
