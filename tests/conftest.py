@@ -204,6 +204,12 @@ class MadeConfig(StageConfig):
     note: str = ""
 
 
+class NoisedConfig(StageConfig):
+    """Stands for the stage that made a student."""
+
+    stage = "prune"
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """A text file with 400 different documents, separated by blank lines."""
@@ -282,3 +288,22 @@ def teacher(tmp_path_factory, make_model, tokenizer_dir) -> Artifact:
         save_model(model, draft.path, tokenizer_from=tokenizer_dir)
         draft.metrics["parameters"] = model.num_parameters()
     return Artifact.open(out, expect="checkpoint")
+
+
+@pytest.fixture(scope="session")
+def make_student(tmp_path_factory, make_model, tokenizer_dir):
+    """Build a checkpoint artifact: the teacher with noise on its weights, or another model."""
+    import torch
+
+    def make(noise: float = 0.02, dtype: torch.dtype = torch.float32, **changes) -> Artifact:
+        model = make_model(**changes)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += noise * torch.randn_like(parameter)
+        out = tmp_path_factory.mktemp("student") / "student"
+        with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
+            save_model(model.to(dtype), draft.path, tokenizer_from=tokenizer_dir)
+        return Artifact.open(out)
+
+    return make

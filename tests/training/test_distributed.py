@@ -15,9 +15,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import Artifact
 from trt_kd.errors import ConfigError
 from trt_kd.stages.distill import DistillConfig
 from trt_kd.stages.matching import check_processes
@@ -101,23 +99,9 @@ if other:
 """
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, make_model, tokenizer_dir):
-    model = make_model(num_hidden_layers=2)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    out = tmp_path_factory.mktemp("student") / "student"
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=tokenizer_dir)
-    return Artifact.open(out)
+def student(make_student):
+    return make_student(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
