@@ -7,6 +7,7 @@ from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ConfigError, ModelError
 from trt_kd.evaluation.vocabulary import check_padding, context_tokens, tokenizer_identity
+from trt_kd.losses.kl import ReverseKL
 from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | Non
     drawn = [step for step in range(config.steps) if wanted.draws(step, config.seed)]
     weights = (weight_at(config.response_weight, step, config.steps) for step in drawn)
     teacher, block = config.teacher, config.data.block_tokens
+    policy = wanted.policy_gradient
     problems = {
         "response_weight is 0: only a teacher can judge what the student writes": not peak(
             config.response_weight
@@ -111,7 +113,13 @@ def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | Non
         f"a {teacher.kind} teacher has not read what the student will write: write teacher: "
         "online": not teacher.runs_beside,
         f"{config.loss.kind} needs the true next tokens, which the student's own text has not: "
-        "take another loss": config.loss.needs_labels,
+        "take another loss": config.loss.needs_labels and not policy,
+        f"policy_gradient takes one teacher in every step, not {teacher.kind}: write teacher: "
+        "online": policy is not None and teacher.kind != "online",
+        "policy_gradient takes the place of the loss in every step, and it is the reverse KL: "
+        "write loss: reverse_kl": policy is not None
+        and wanted.share == 1
+        and config.loss != ReverseKL(),
         "the student continues a block as one text: leave packing.reset out": config.packing.reset,
         f"the student cannot write while it is sharded: write sharding: none, not "
         f"{config.sharding}": config.sharding != "none",

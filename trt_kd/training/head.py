@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
+from trt_kd.losses.policy import JudgedRows, policy_gradient
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.gapped import GappedRows
 from trt_kd.teachers.mixing import MixedRows
 
-TeacherRows: TypeAlias = Tensor | TopK | MixedRows | GappedRows
-"""What a teacher says: dense logits, top-k log-probabilities, logits mixed on demand, or logits of
-some rows only."""
-Piece: TypeAlias = Tensor | TopK | GappedRows
+TeacherRows: TypeAlias = Tensor | TopK | MixedRows | GappedRows | JudgedRows
+"""What a teacher says: dense logits, top-k log-probabilities, logits mixed on demand, logits of
+some rows only, or of sampled tokens with what they led to."""
+Piece: TypeAlias = Tensor | TopK | GappedRows | JudgedRows
 """The same for a few rows, as a loss sees it."""
 GROUP_BYTES = {"cpu": 32 << 20}
 """Size of one group's logits, by device; student and teacher have one each. A smaller group costs
@@ -80,6 +81,8 @@ class Objective:
             raise ValueError("the response term needs a teacher's rows")
         if isinstance(teacher, TopK):
             return self.loss.top_k_value_and_gradient(student_TV, teacher, mask_T, labels_T)
+        if isinstance(teacher, JudgedRows):
+            return policy_gradient(student_TV, teacher, labels_T)
         if isinstance(teacher, GappedRows):
             return self.loss.value_and_gradient(student_TV, teacher.logits, teacher.known, labels_T)
         return self.loss.value_and_gradient(student_TV, teacher, mask_T, labels_T)

@@ -18,6 +18,7 @@ NAMES = {
     "response_weight": "response_weight",
     "dropped_teacher_mass": "dropped_teacher_mass",
     "generated_tokens": "generated_tokens",
+    "importance_weight": "importance_weight",
     "aligned_share": "aligned_share",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",

@@ -101,7 +101,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
-        trainer.rollout = _rollout(student, run)
+        trainer.rollout = _rollout(student, teacher, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -152,14 +152,17 @@ def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
     return teacher.model if isinstance(teacher, Translated) else teacher
 
 
-def _rollout(student: PreTrainedModel, run: Run) -> Rollout | None:
+def _rollout(student: PreTrainedModel, teacher: "Targets | None", run: Run) -> Rollout | None:
     """What lets the student write, where the run wants it."""
     schedule = run.schedule
     if schedule.on_policy is None:
         return None
     eos: Any = load_tokenizer(run.tokenizer).eos_token_id if run.tokenizer else None
     ends, rank = ends_of(student, eos), run.processes.rank
-    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank)
+    models = teacher.models if isinstance(teacher, Mixture) else [teacher]
+    readers = [model for model in models if isinstance(model, PreTrainedModel)]
+    known = min((model.config.vocab_size for model in readers), default=None)
+    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank, known)
 
 
 def training_arguments(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from trt_kd.training.feature_terms import Both, FeatureTerms
 from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
 from trt_kd.training.heldout import heldout_sums
 from trt_kd.training.history import MEASURED
+from trt_kd.training.judging import Rows, judged, logits_of
+from trt_kd.training.on_policy import PolicyGradient
 from trt_kd.training.rollout import Rollout
 from trt_kd.training.sharding import PortableCheckpoints, gathered
 
@@ -89,11 +92,16 @@ class _ObjectiveTrainer(PortableCheckpoints):
         if self.rollout is None or not self.rollout.draws(step):
             return batches, count
         student = trainer.accelerator.unwrap_model(trainer.model)
-        made = [self.rollout.batch(student, b, step, number) for number, b in enumerate(batches)]
+        write = partial(self.rollout.batch, student, teacher=self._mixed_in())
+        made = [write(batch, step, number) for number, batch in enumerate(batches)]
         tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in made]).sum()
         rows = sum(len(batch["labels"]) for batch in made) * trainer.accelerator.num_processes
         self._note("generated_tokens", tokens / rows)
         return made, trainer._get_num_items_in_batch(made, trainer.args.device)
+
+    def _mixed_in(self) -> Any:
+        """The teacher that the student's text is sampled with, or None."""
+        return None
 
     def _get_lm_head(self, model: Any) -> nn.Module:
         return model.get_output_embeddings()  # type: ignore[no-any-return]
@@ -129,13 +137,20 @@ class _ObjectiveTrainer(PortableCheckpoints):
             teacher = self._teacher_rows(tokens_BL, mask_BK) if runs else None
         student = trainer.accelerator.unwrap_model(trainer.model)
 
+        policy = self.rollout and self.rollout.policy(step)
+
         def summed() -> tuple[Tensor, Tensor, Tensor]:
+            head, labels_T = linear_head(student), labels_BK[mask_BK]
+            hidden_TD, beside = hidden_BLD[:, :-1][mask_BK], teacher
+            if policy:
+                own = logits_of(hidden_TD, head.cast(self.head_dtype))
+                beside = self._judged(policy, own, teacher, labels_T, mask_BK)
             return head_loss(
                 objective,
-                hidden_BLD[:, :-1][mask_BK],
-                linear_head(student),
-                labels_BK[mask_BK],
-                teacher=teacher if objective.response_weight else None,
+                hidden_TD,
+                head,
+                labels_T,
+                teacher=beside if objective.response_weight else None,
                 dtype=self.head_dtype,
             )
 
@@ -152,6 +167,17 @@ class _ObjectiveTrainer(PortableCheckpoints):
         if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _judged(
+        self, policy: PolicyGradient, student: Rows, teacher: Any, labels_T: Tensor, mask_BK: Tensor
+    ) -> Callable[[slice], TeacherRows]:
+        """The teacher's rows with what became of the text; what they note is noted once."""
+        noted = dict(self._token_sums)
+        rows, weights_T = judged(policy, student, teacher, labels_T, mask_BK)
+        self._token_sums = noted
+        if policy.teacher_mix:
+            self._add("importance_weight", weights_T.sum())
+        return rows
 
     def _hidden_states(self, model: nn.Module, tokens_BL: Tensor) -> Tensor:
         """The student's last hidden states ``[B, L, D]``."""
@@ -298,6 +324,13 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     """Trains on the objective with a teacher that runs beside the student."""
 
     _teacher_head: AlignedHead | None = None
+
+    def _mixed_in(self) -> Any:
+        """See the base class."""
+        if self.rollout is None or not self.rollout.teacher_mix:
+            return None
+        self._ensure_teacher_prepared()
+        return self._get_unwrapped_teacher()
 
     def _prepare_model(self, model: nn.Module) -> nn.Module:
         """Place the teacher; where processes hold it whole there are no gradients to average."""
