@@ -279,8 +279,8 @@ def modelopt(given: argparse.Namespace, blocks: Any, meter: Meter) -> None:
     require_modelopt()
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
 
+    from trt_kd.training.blocks import Blocks
     from trt_kd.training.loop import training_arguments
-    from trt_kd.training.trainer import Blocks
 
     config = settings_of(given, len(blocks) // given.batch)
     student, teacher = loaded_pair(given)

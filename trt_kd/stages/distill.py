@@ -203,6 +203,7 @@ class DistillConfig(Schedule, StageConfig):
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
                 "features": [feature.rehearsal() for feature in self.features],
                 "features_if": None,
+                "balance": self.balance and self.balance.model_copy(update={"every_steps": 1}),
                 "on_policy": self.on_policy and self.on_policy.rehearsal(),
                 "stop_on": [],
             }
@@ -221,6 +222,7 @@ class DistillConfig(Schedule, StageConfig):
                 "allow_smaller_teacher": False,
                 "features": [],
                 "features_if": None,
+                "balance": None,
                 "on_policy": None,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }

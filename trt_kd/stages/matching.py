@@ -97,6 +97,7 @@ def option_problem(config: "DistillConfig") -> str | None:
         "features_if": _escalation_problem(config, config.features_if)
         if config.features_if
         else None,
+        "balance": _balance_problem(config) if config.balance else None,
     }
     return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
 
@@ -155,6 +156,23 @@ def _escalation_problem(config: "DistillConfig", wanted: "Escalation") -> str | 
         f"a feature ends before step {after}: leave until_step out": any(
             feature.until_step is not None and feature.until_step <= after
             for feature in config.features
+        ),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def _balance_problem(config: "DistillConfig") -> str | None:
+    heads = [weight for weight in (config.task_weight, config.response_weight) if peak(weight)]
+    problems = {
+        "no effect: there is a single term": len(heads) + len(config.features) < 2,
+        "the student's own text has gradients of another size: leave one of them out": (
+            config.on_policy is not None
+        ),
+        f"the norms are measured in a whole model: write sharding: none, not {config.sharding}": (
+            config.sharding != "none"
+        ),
+        "the norms are measured between layers that are kept: leave gradient_checkpointing out": (
+            config.gradient_checkpointing
         ),
     }
     return next((problem for problem, found in problems.items() if found), None)

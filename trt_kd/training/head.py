@@ -10,7 +10,7 @@ Shape suffixes: T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -74,6 +74,10 @@ class Objective:
             raise ValueError("an objective needs a weight that is not zero")
         return task, response, gradient_TV
 
+    def weighed(self, *, task: float, response: float) -> "Objective":
+        """The same terms with other weights."""
+        return replace(self, task_weight=task, response_weight=response)
+
     def _response(
         self, student_TV: Tensor, teacher: Piece | None, mask_T: Tensor, labels_T: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,12 @@ class Head:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits in the head's dtype."""
         return F.linear(hidden_TD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def linear_head(model: Any) -> Head:
+    """The model's output head."""
+    head = model.get_output_embeddings()
+    return Head(head.weight, getattr(head, "bias", None))
 
 
 def head_loss(

@@ -28,6 +28,7 @@ NAMES = {
 MEASURED = "monitor_seconds"
 """What stands in the log's entry of a measurement and in no other."""
 MEASURED_PREFIXES = ("heldout_", "grad_norm_", MEASURED)
+TERM_PREFIXES = ("feature_", "balanced_")
 FINAL_STEPS = 10
 """Steps behind a final value."""
 
@@ -54,7 +55,7 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[Row]:
     """One row per step."""
     return [
         {ours: entry[theirs] for theirs, ours in NAMES.items() if theirs in entry}
-        | {name: value for name, value in entry.items() if name.startswith("feature_")}
+        | {name: value for name, value in entry.items() if name.startswith(TERM_PREFIXES)}
         for entry in log
         if "loss" in entry
     ]

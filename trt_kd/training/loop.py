@@ -19,6 +19,8 @@ from trt_kd.teachers.cross_tokenizer import Translated
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
 from trt_kd.teachers.writer import ends_of
+from trt_kd.training.balancing import balancer_of
+from trt_kd.training.blocks import Blocks
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.crossing import CrossTrainer
@@ -33,7 +35,6 @@ from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
 from trt_kd.training.trainer import (
-    Blocks,
     CachedTrainer,
     DistillTrainer,
     ObjectiveAt,
@@ -101,7 +102,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
-        trainer.rollout = _rollout(student, teacher, run)
+        trainer.rollout, trainer.balancer = _rollout(student, teacher, run), balancer_of(schedule)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:

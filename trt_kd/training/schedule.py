@@ -15,6 +15,7 @@ from typing_extensions import Self
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
+from trt_kd.training.balance import Balance
 from trt_kd.training.escalation import Escalation
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
@@ -56,6 +57,8 @@ class Schedule(StrictModel):
     """Losses between layers of student and teacher, beside the one between their logits."""
     features_if: Escalation | None = None
     """Let features join later, and only if a gap remains; from the first step if left out."""
+    balance: Balance | None = None
+    """Weigh the terms by the norms of their gradients; as plain factors if left out."""
     on_policy: OnPolicy | None = None
     """Steps that learn from what the student writes itself; none if left out."""
     stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
