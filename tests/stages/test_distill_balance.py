@@ -169,7 +169,10 @@ def test_the_mean_runs_and_what_has_no_gradient_keeps_its_weight(decay):
     ("changes", "message"),
     [
         ({"task_weight": 0.0}, "balance: no effect: there is a single term"),
-        ({"on_policy": {"prompt_tokens": 8, "share": 0.9}}, "own text has gradients of another size"),
+        (
+            {"on_policy": {"prompt_tokens": 8, "share": 0.9}},
+            "text has gradients of another size",
+        ),
         ({"sharding": "fsdp2"}, "write sharding: none, not fsdp2"),
         ({"gradient_checkpointing": True}, "leave gradient_checkpointing out"),
         ({"balance": {"decay": 1.0}}, "less than 1"),
