@@ -82,11 +82,10 @@ def test_the_share_of_steps_is_drawn_by_step_and_seed_alone():
 
 def test_every_batch_is_sampled_with_a_seed_of_its_own():
     seeds = [
-        OnPolicy().seed_of(step, seed, batch, process)
+        OnPolicy().seed_of(step, seed, batch)
         for step in range(4)
         for seed in range(3)
-        for batch in range(3)
-        for process in range(2)
+        for batch in range(6)
     ]
     assert len(set(seeds)) == len(seeds)
 

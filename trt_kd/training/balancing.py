@@ -78,20 +78,16 @@ def balancer_of(schedule: Schedule) -> Balancer | None:
     return Balancer(schedule.balance) if schedule.balance else None
 
 
-def squared_norms(values: Mapping[str, Tensor], shared_BLD: Tensor) -> Tensor:
-    """Squared norm of the gradient of every value on ``shared_BLD``, float64 ``[terms]``.
+def gradient_norms(values: Mapping[str, Tensor], shared_BLD: Tensor) -> dict[str, float]:
+    """Norm of the gradient of every value on ``shared_BLD``.
 
     The graph is kept; a value that does not depend on it has norm 0.
     """
-    found = []
-    for value in values.values():
+    found = {}
+    for name, value in values.items():
         (gradient,) = torch.autograd.grad(value, shared_BLD, retain_graph=True, allow_unused=True)
-        found.append(
-            shared_BLD.new_zeros((), dtype=torch.float64)
-            if gradient is None
-            else gradient.double().square().sum()
-        )
-    return torch.stack(found)
+        found[name] = 0.0 if gradient is None else float(gradient.double().norm())
+    return found
 
 
 @contextmanager

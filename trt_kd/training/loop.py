@@ -159,11 +159,13 @@ def _rollout(student: PreTrainedModel, teacher: "Targets | None", run: Run) -> R
     if schedule.on_policy is None:
         return None
     eos: Any = load_tokenizer(run.tokenizer).eos_token_id if run.tokenizer else None
-    ends, rank = ends_of(student, eos), run.processes.rank
+    ends = ends_of(student, eos)
     models = teacher.models if isinstance(teacher, Mixture) else [teacher]
     readers = [model for model in models if isinstance(model, PreTrainedModel)]
     known = min((model.config.vocab_size for model in readers), default=None)
-    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank, known)
+    return Rollout(
+        schedule.on_policy, schedule.seed, ends, schedule.precision, run.processes, known
+    )
 
 
 def training_arguments(

@@ -65,9 +65,9 @@ class OnPolicy(StrictModel):
         """
         return random.Random(f"on policy {seed} {step}").random() < self.share
 
-    def seed_of(self, step: int, seed: int, batch: int, process: int) -> int:
-        """Seed of the sampling of one batch."""
-        return random.Random(f"writing {seed} {step} {batch} {process}").getrandbits(32)
+    def seed_of(self, step: int, seed: int, batch: int) -> int:
+        """Seed of the sampling of one batch of the step, whichever process writes it."""
+        return random.Random(f"writing {seed} {step} {batch}").getrandbits(32)
 
     def rehearsal(self) -> Self:
         """The same with a few tokens, at every step."""

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from trt_kd.teachers.base import Precision
 from trt_kd.teachers.writer import Choice, settings_of
+from trt_kd.training.distributed import Processes
 from trt_kd.training.on_policy import OnPolicy, PolicyGradient
 
 
@@ -31,8 +32,8 @@ class Rollout:
     """Tokens that end a text; without one every continuation is of full length."""
     precision: Precision
     """Of the matrix products."""
-    process: int = 0
-    """Number of this process: each writes its own."""
+    processes: Processes = Processes()  # noqa: RUF009 - frozen
+    """Who writes the step's batches, in turn; the text is the same for any number of them."""
     known: int | None = None
     """Tokens that every reader has, from 0 on; those after are padding and never written."""
 
@@ -64,7 +65,7 @@ class Rollout:
             student: whose weights are those of the step; left as it was, and so are generators.
             batch: ``input_ids`` ``[B, ...]`` of at least ``prompt_tokens`` tokens.
             step: counted from 0.
-            number: of the batch in the step.
+            number: of the batch among those that this process has in the step.
             teacher: where ``teacher_mix`` is not 0, the one that is mixed in.
 
         Returns:
@@ -74,7 +75,8 @@ class Rollout:
         config = self.config
         prompts_BP = batch["input_ids"][:, : config.prompt_tokens]
         choice = Choice(config.new_tokens, config.temperature, config.top_p, self.precision)
-        seed = config.seed_of(step, self.seed, number, self.process)
+        part = self.processes
+        seed = config.seed_of(step, self.seed, number * part.count + part.rank)
         mixed = [] if teacher is None else [TeacherMix(teacher, self.teacher_mix)]
         with _writing(student, choice, self.ends, seed) as settings:
             if self.known is not None and self.known < student.config.vocab_size:

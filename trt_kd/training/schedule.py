@@ -80,14 +80,15 @@ class Schedule(StrictModel):
         """Passes of one step on each of so many processes.
 
         Raises:
-            ConfigError: if they cannot be shared evenly, there is nothing to shard over, or
-                features, which one process learns, are asked of more.
+            ConfigError: if they cannot be shared evenly, there is nothing to shard over, or what
+                one process learns, features and their balance, is asked of more.
         """
-        if self.features and processes > 1:
-            raise ConfigError(
-                f"features are learnt in one process, {processes} were started",
-                hint="start it without a launcher, or leave features out",
-            )
+        for name, wanted in (("features", self.features), ("balance", self.balance)):
+            if wanted and processes > 1:
+                raise ConfigError(
+                    f"{name}: learnt in one process, {processes} were started",
+                    hint=f"start it without a launcher, or leave {name} out",
+                )
         if self.gradient_accumulation % processes:
             raise ConfigError(
                 f"gradient_accumulation {self.gradient_accumulation} cannot be shared by "

@@ -20,7 +20,7 @@ from trt_kd.errors import TrtKdError
 from trt_kd.teachers.cache import Cache
 from trt_kd.training import packing
 from trt_kd.training.alignment import AlignedHead, aligned
-from trt_kd.training.balancing import Balancer, shared_by, squared_norms
+from trt_kd.training.balancing import Balancer, gradient_norms, shared_by
 from trt_kd.training.feature_terms import Both, FeatureTerms, Part
 from trt_kd.training.head import Objective, TeacherRows, head_loss, linear_head
 from trt_kd.training.history import MEASURED
@@ -220,9 +220,7 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
             with self._unnoted():
                 values = {name: summed(one)[0] for name, one in bare.items() if name in asked}
             values |= {name: part.value for name, part in parts.items() if name in asked}
-            squares = squared_norms(values, shared_BLD)
-            norms = trainer.accelerator.reduce(squares, reduction="sum").sqrt().tolist()
-            balancer.take(dict(zip(values, norms, strict=True)))
+            balancer.take(gradient_norms(values, shared_BLD))
         found = heads | balancer.weights(asked)
         parts = {name: part._replace(weight=found.get(name, 0.0)) for name, part in parts.items()}
         return objective.weighed(task=found["task"], response=found["response"]), parts
