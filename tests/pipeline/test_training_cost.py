@@ -38,6 +38,8 @@ GROWS = {
     "longer own text": ({"on_policy": WRITE}, {"on_policy": WRITE | {"new_tokens": 256}}),
     "a policy gradient": (MINILLM | {"on_policy": ALONE}, MINILLM),
     "a teacher that writes along": (MINILLM, MIXED),
+    "an exit": ({}, {"exits": {"layers": [1]}}),
+    "another exit": ({"exits": {"layers": [1]}}, {"exits": {"layers": [1, 2]}}),
     "a balance": ({"task_weight": 0.5}, {"task_weight": 0.5, "balance": {}}),
     "a closer balance": (
         {"task_weight": 0.5, "balance": {"every_steps": 10}},

@@ -17,7 +17,7 @@ DECODE_BYTES_PER_S = 1e10
 
 
 def training_flops(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> float:
-    """Floating-point operations of all steps: text, own text, features, balance, monitor."""
+    """Floating-point operations of all steps: text, own text, features, exits, balance, monitor."""
     step = _step_flops(config, student, teacher)
     sequences, block = config.sequences, config.data.block_tokens
     if (wanted := config.on_policy) is None:
@@ -70,10 +70,12 @@ def _teachers(config: DistillConfig) -> int:
 
 
 def _step_flops(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> float:
-    """Per token of a step: the student both ways, every teacher once, features."""
+    """Per token of a step: the student both ways, every teacher once, features, exits."""
     passes = PASSES + config.gradient_checkpointing
     total = passes * student.forward_flops_per_token()
     total += _teachers(config) * teacher.forward_flops_per_token()
+    exits = len(config.exits.layers) if config.exits else 0
+    total += exits * (PASSES + 1) * 2.0 * student.vocab * student.hidden
     for feature in config.features:
         length = config.data.block_tokens * max(student.hidden, teacher.hidden)
         compared = 2.0 * len(feature.loss.reads) * length
@@ -101,6 +103,7 @@ def _balance_flops(config: DistillConfig, student: ModelShape) -> float:
         return 0.0
     heads = (peak(config.task_weight), peak(config.response_weight))
     terms = sum(map(bool, heads)) + sum(_pairs(one, student) for one in config.features)
+    terms += len(config.exits.layers) if config.exits else 0
     measured = -(-config.steps // config.balance.every_steps)
     tokens = config.batch_size * config.data.block_tokens
     return measured * terms * tokens * (PASSES - 1) * student.forward_flops_per_token()

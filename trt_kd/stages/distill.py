@@ -91,6 +91,7 @@ class DistillConfig(Schedule, StageConfig):
     @model_validator(mode="after")
     def _weights_arrive_in_time(self) -> Self:
         weights = {"task_weight": self.task_weight, "response_weight": self.response_weight}
+        weights |= {"exits.weight": self.exits.weight} if self.exits else {}
         weights |= {f"features.{n}.weight": one.weight for n, one in enumerate(self.features)}
         for name, weight in weights.items():
             if isinstance(weight, WeightSchedule) and (weight.steps or 0) > self.steps:
@@ -203,6 +204,7 @@ class DistillConfig(Schedule, StageConfig):
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
                 "features": [feature.rehearsal() for feature in self.features],
                 "features_if": None,
+                "exits": self.exits and self.exits.rehearsal(),
                 "balance": self.balance and self.balance.model_copy(update={"every_steps": 1}),
                 "on_policy": self.on_policy and self.on_policy.rehearsal(),
                 "stop_on": [],
@@ -222,6 +224,7 @@ class DistillConfig(Schedule, StageConfig):
                 "allow_smaller_teacher": False,
                 "features": [],
                 "features_if": None,
+                "exits": None,
                 "balance": None,
                 "on_policy": None,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
@@ -245,6 +248,8 @@ def distill(
         TrtKdError: if the loss stops being finite.
     """
     check_teacher(config, has_teacher=teacher is not None)
+    if config.exits is not None:
+        config.exits.check(read_shape(student.path).layers)
     training = config
     if teacher is not None:
         for path in (teacher.path, *config.teacher.further()):

@@ -97,6 +97,9 @@ def option_problem(config: "DistillConfig") -> str | None:
         "features_if": _escalation_problem(config, config.features_if)
         if config.features_if
         else None,
+        "exits": f"an exit's head is read whole: write sharding: none, not {config.sharding}"
+        if config.exits and config.sharding != "none"
+        else None,
         "balance": _balance_problem(config) if config.balance else None,
     }
     return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
@@ -163,8 +166,9 @@ def _escalation_problem(config: "DistillConfig", wanted: "Escalation") -> str | 
 
 def _balance_problem(config: "DistillConfig") -> str | None:
     heads = [weight for weight in (config.task_weight, config.response_weight) if peak(weight)]
+    terms = len(heads) + len(config.features) + len(config.exits.layers if config.exits else [])
     problems = {
-        "no effect: there is a single term": len(heads) + len(config.features) < 2,
+        "no effect: there is a single term": terms < 2,
         "the student's own text has gradients of another size: leave one of them out": (
             config.on_policy is not None
         ),

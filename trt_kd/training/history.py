@@ -28,7 +28,7 @@ NAMES = {
 MEASURED = "monitor_seconds"
 """What stands in the log's entry of a measurement and in no other."""
 MEASURED_PREFIXES = ("heldout_", "grad_norm_", MEASURED)
-TERM_PREFIXES = ("feature_", "balanced_")
+TERM_PREFIXES = ("feature_", "exit_", "balanced_")
 FINAL_STEPS = 10
 """Steps behind a final value."""
 

@@ -102,7 +102,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
-        trainer.rollout, trainer.balancer = _rollout(student, teacher, run), balancer_of(schedule)
+        _equip(trainer, student, teacher, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -151,6 +151,13 @@ def _trainer(teacher: "Targets | None", settings: dict[str, Any], run: Run) -> A
 
 def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
     return teacher.model if isinstance(teacher, Translated) else teacher
+
+
+def _equip(trainer: Any, student: PreTrainedModel, teacher: "Targets | None", run: Run) -> None:
+    """Give the trainer what steps may have beside the plain objective."""
+    trainer.rollout = _rollout(student, teacher, run)
+    trainer.balancer = balancer_of(run.schedule)
+    trainer.exits = run.schedule.exits
 
 
 def _rollout(student: PreTrainedModel, teacher: "Targets | None", run: Run) -> Rollout | None:

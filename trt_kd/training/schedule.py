@@ -17,6 +17,7 @@ from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
 from trt_kd.training.balance import Balance
 from trt_kd.training.escalation import Escalation
+from trt_kd.training.exits import Exits
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.on_policy import OnPolicy
@@ -57,6 +58,8 @@ class Schedule(StrictModel):
     """Losses between layers of student and teacher, beside the one between their logits."""
     features_if: Escalation | None = None
     """Let features join later, and only if a gap remains; from the first step if left out."""
+    exits: Exits | None = None
+    """Layers of the student that learn from its own output; none if left out."""
     balance: Balance | None = None
     """Weigh the terms by the norms of their gradients; as plain factors if left out."""
     on_policy: OnPolicy | None = None

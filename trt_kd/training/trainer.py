@@ -17,18 +17,23 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from trt_kd.errors import TrtKdError
+from trt_kd.losses.features.base import Reading
 from trt_kd.teachers.cache import Cache
 from trt_kd.training import packing
 from trt_kd.training.alignment import AlignedHead, aligned
 from trt_kd.training.balancing import Balancer, gradient_norms, shared_by
+from trt_kd.training.exiting import exit_parts
+from trt_kd.training.exits import Exits
 from trt_kd.training.feature_terms import Both, FeatureTerms, Part
 from trt_kd.training.head import Objective, TeacherRows, head_loss, linear_head
 from trt_kd.training.history import MEASURED
 from trt_kd.training.judging import Rows, judged, logits_of
 from trt_kd.training.measured import Measured
 from trt_kd.training.on_policy import PolicyGradient
+from trt_kd.training.reading import Seen, reading
 from trt_kd.training.rollout import Rollout
 from trt_kd.training.sharding import PortableCheckpoints, gathered
+from trt_kd.training.weights import weight_at
 
 ObjectiveAt = Callable[[int], Objective]
 """The objective of a step, counted from 0."""
@@ -42,6 +47,7 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
     features: FeatureTerms | None = None
     rollout: Rollout | None = None
     balancer: Balancer | None = None
+    exits: Exits | None = None
     end: int | None
 
     def start(
@@ -108,11 +114,15 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
         objective = self.objective_at(step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
-        with self._reading(step) as both, self._sharing(step) as shared:
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        with (
+            self._reading(step) as both,
+            self._sharing(step) as shared,
+            reading(student, self._leaving(step)) as seen,
+        ):
             hidden_BLD = self._hidden_states(model, tokens_BL)
             runs = objective.response_weight or both is not None
             teacher = self._teacher_rows(tokens_BL, mask_BK) if runs else None
-        student = trainer.accelerator.unwrap_model(trainer.model)
         policy = self.rollout and self.rollout.policy(step)
 
         def head_of(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +143,7 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
         def summed(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
             return trainer._sharded_liger_compute(lambda: head_of(objective))  # type: ignore[no-any-return]
 
-        parts = self.features.parts(both, mask_BK, step) if self.features and both else {}
+        parts = self._parts(both, (seen, hidden_BLD), mask_BK)
         if self.balancer is not None:
             objective, parts = self._balanced(objective, parts, summed, (shared or [hidden_BLD])[0])
         total, task, response = summed(objective)
@@ -141,8 +151,8 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
         for name, value in self._token_sums.items():
             self._note(name, value / count)
         self._token_sums = {}
-        if parts:
-            total = self._with_features(total, parts, count)
+        if parts or self._alone():
+            total = self._with_parts(total, parts, count)
         self._note("loss", total.detach() / count)
         if objective.task_weight:
             self._note("task_nats_per_token", task / count)
@@ -181,8 +191,33 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
         student = trainer.accelerator.unwrap_model(trainer.model)
         return self.features.reading(student, trainer._get_unwrapped_teacher(), step)
 
-    def _with_features(self, total: Tensor, parts: dict[str, Part], count: Tensor | int) -> Tensor:
-        """Add the features to the sum over the tokens, or let them take its place."""
+    def _leaving(self, step: int) -> list[tuple[int, Reading]]:
+        """Layers whose states are read for the exits of ``step``."""
+        if self.exits is None or self._alone() or not self._exit_weight(step):
+            return []
+        return [(layer, "states") for layer in self.exits.layers]
+
+    def _exit_weight(self, step: int) -> float:
+        trainer: Any = self
+        return weight_at(trainer.exits.weight, step, trainer.state.max_steps)
+
+    def _parts(
+        self, both: Both | None, states: tuple[Seen, Tensor], mask_BK: Tensor
+    ) -> dict[str, Part]:
+        """Terms of this step beside task and response: features, then exits."""
+        trainer: Any = self
+        step, student = trainer.state.global_step, trainer.accelerator.unwrap_model(trainer.model)
+        parts = self.features.parts(both, mask_BK, step) if self.features and both else {}
+        if self._leaving(step):
+            weight, dtype = self._exit_weight(step), self.head_dtype
+            with self._precision():
+                parts |= exit_parts(
+                    trainer.exits, student, states, mask_BK, weight=weight, dtype=dtype
+                )
+        return parts
+
+    def _with_parts(self, total: Tensor, parts: dict[str, Part], count: Tensor | int) -> Tensor:
+        """Add features and exits to the sum over the tokens, or let features take its place."""
         for name, part in parts.items():
             self._note(name, part.value.detach() / count)
         weighted = sum(part.weight * part.value for part in parts.values())
@@ -196,9 +231,13 @@ class _ObjectiveTrainer(Measured, PortableCheckpoints):
     def _sharing(self, step: int) -> AbstractContextManager[list[Tensor]]:
         """Keep what the terms of ``step`` share below the last hidden states."""
         trainer: Any = self
-        features = self.features if self.balancer is not None else None
         student = trainer.accelerator.unwrap_model(trainer.model)
-        return shared_by(student, features.lowest(step) if features else None)
+        if self.balancer is None:
+            return shared_by(student, None)
+        places = [layer + 1 for layer, _ in self._leaving(step)]
+        lowest = self.features.lowest(step) if self.features is not None else None
+        places += [] if lowest is None else [lowest]
+        return shared_by(student, min(places, default=None))
 
     def _balanced(
         self,
