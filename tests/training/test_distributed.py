@@ -318,6 +318,7 @@ def test_the_others_stop_when_the_first_fails_in_the_end(pair):
     ("changes", "what"),
     [
         ({"features": [{"loss": "mse"}]}, "features: learnt in one process, 2 were"),
+        ({"exits": {"layers": [0]}}, "exits: learnt in one process, 2 were"),
         ({"balance": {}}, "balance: learnt in one process, 2 were"),
         (
             {"teacher": {"kind": "served", "url": "http://127.0.0.1:1/v1", "model": "tiny"}},
