@@ -23,8 +23,9 @@ from trt_kd.architectures.shape import read_shape
 from trt_kd.checkpoints import check_weights, load_model, load_tokenizer, save_model
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.measuring.machine import peak_memory_bytes
-from trt_kd.stages.distill import DistillConfig, require_modelopt, train_student
+from trt_kd.stages.distill import DistillConfig, require_modelopt
 from trt_kd.stages.matching import check_pair
+from trt_kd.stages.teaching import train_student
 from trt_kd.teachers.base import Demand
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.online import OnlineTeacher
@@ -278,8 +279,8 @@ def modelopt(given: argparse.Namespace, blocks: Any, meter: Meter) -> None:
     require_modelopt()
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
 
+    from trt_kd.training.blocks import Blocks
     from trt_kd.training.loop import training_arguments
-    from trt_kd.training.trainer import Blocks
 
     config = settings_of(given, len(blocks) // given.batch)
     student, teacher = loaded_pair(given)

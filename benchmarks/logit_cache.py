@@ -210,7 +210,8 @@ def trained(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Held-out KL to the dense teacher after equal steps, online and cached."""
     from trt_kd.checkpoints import load_model, load_tokenizer
     from trt_kd.data.base import token_blocks
-    from trt_kd.stages.distill import DistillConfig, require_modelopt, train_student
+    from trt_kd.stages.distill import DistillConfig, require_modelopt
+    from trt_kd.stages.teaching import train_student
     from trt_kd.teachers.cached import CachedTeacher
     from trt_kd.teachers.online import OnlineTeacher
 

@@ -204,6 +204,12 @@ class MadeConfig(StageConfig):
     note: str = ""
 
 
+class NoisedConfig(StageConfig):
+    """Stands for the stage that made a student."""
+
+    stage = "prune"
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """A text file with 400 different documents, separated by blank lines."""
@@ -247,6 +253,29 @@ def tokenizer_dir(tmp_path_factory, text_file) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory, text_file):
+    """A byte-level tokenizer of 300 tokens, which has learnt from the text read backwards."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = text_file.read_text(encoding="utf-8")
+    tokenizer.train_from_iterator([line[::-1] for line in text.splitlines()], trainer)
+    directory = tmp_path_factory.mktemp("other")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def make_model():
     """Build a tiny random Llama; keyword arguments replace the configuration's."""
     import torch
@@ -282,3 +311,27 @@ def teacher(tmp_path_factory, make_model, tokenizer_dir) -> Artifact:
         save_model(model, draft.path, tokenizer_from=tokenizer_dir)
         draft.metrics["parameters"] = model.num_parameters()
     return Artifact.open(out, expect="checkpoint")
+
+
+@pytest.fixture(scope="session")
+def make_student(tmp_path_factory, make_model, tokenizer_dir):
+    """Build a checkpoint artifact: the teacher with noise on its weights, or another model."""
+    import torch
+
+    def make(
+        noise: float = 0.02,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: Path = tokenizer_dir,
+        **changes,
+    ) -> Artifact:
+        model = make_model(**changes)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += noise * torch.randn_like(parameter)
+        out = tmp_path_factory.mktemp("student") / "student"
+        with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
+            save_model(model.to(dtype), draft.path, tokenizer_from=tokenizer)
+        return Artifact.open(out)
+
+    return make

@@ -3,32 +3,14 @@
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import load_model, save_model
 from trt_kd.cli.app import app
-from trt_kd.config import StageConfig
-
-
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, teacher):
-    out = tmp_path_factory.mktemp("student") / "student"
-    model = load_model(teacher.path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=teacher.path)
-    return Artifact.open(out)
+def student(make_student):
+    return make_student(noise=0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -103,11 +103,31 @@ def minilm(loss, s, t):
     return total
 
 
+def minilm_v1(loss, s, t):
+    def attention(queries, keys, i):
+        e = np.exp(keys[: i + 1] @ queries[i])
+        return e / e.sum()
+
+    def parts(x, head):
+        """Queries, keys and values of one head, and the values scaled for their relation."""
+        width = x.shape[1] // 3 // loss.heads
+        q, k, v = (third[:, head * width : (head + 1) * width] for third in np.split(x, 3, 1))
+        return (q, k), (v / np.sqrt(width), v)
+
+    total = 0.0
+    for head in range(loss.heads):
+        for one, other in zip(parts(s, head), parts(t, head), strict=True):
+            for i in range(len(s)):
+                p, q = attention(*other, i), attention(*one, i)
+                total += np.sum(p * np.log(p / q)) / loss.heads
+    return total
+
+
 REFERENCES = {
     f.__name__: f
     for f in (
         mse, cosine, logsum, hint, pkd, attention_transfer, nst, pkt, gram, rkd_distance, rkd_angle,
-        minilm,
+        minilm, minilm_v1,
     )
 }  # fmt: skip
 CASES = [
@@ -116,6 +136,7 @@ CASES = [
     ("attention_transfer", {"power": 3.0}),
     ("nst", {"degree": 3}),
     ("minilm", {"heads": 2}),
+    ("minilm_v1", {"heads": 2}),
     ("minilm", {"heads": 4, "causal": False}),
 ]
 
@@ -124,9 +145,9 @@ CASES = [
 def test_the_loss_is_the_papers_formula(name, options):
     loss = FEATURE_LOSSES.load(name).model_validate(options)
     generator = np.random.default_rng(0)
-    teacher_width = 8 if loss.same_width else 16
+    teacher_width = 24 if loss.same_width else 48
     student, teacher = (
-        generator.normal(size=(2, 7, 8)),
+        generator.normal(size=(2, 7, 24)),
         generator.normal(size=(2, 7, teacher_width)),
     )
     mask = np.ones((2, 7), dtype=bool)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from trt_kd.losses import FEATURE_LOSSES
 
-SEQUENCES, POSITIONS, WIDTH, OTHER, REMEMBERED = 3, 9, 8, 16, 11
+SEQUENCES, POSITIONS, WIDTH, OTHER, REMEMBERED = 3, 9, 24, 48, 11
 OPTIONS = [
     ("logsum", {"alpha": 5.0}),
     ("logsum", {"alpha": 2.0, "floor": 1.0}),
@@ -22,6 +22,7 @@ OPTIONS = [
     ("rkd_angle", {"tokens": 4}),
     ("minilm", {"heads": 2, "causal": False}),
     ("minilm", {"heads": 1, "relations": ["values"]}),
+    ("minilm_v1", {"heads": 2}),
     ("crd", {"temperature": 0.5}),
 ]
 """Options other than the defaults; all are tested at their defaults in any case."""
@@ -57,7 +58,10 @@ def test_the_exceptions_to_the_laws_are_these():
     loaded = {name: FEATURE_LOSSES.load(name)() for name in FEATURE_LOSSES.names()}
     assert [name for name, loss in loaded.items() if not loss.zero_at_agreement] == ["crd"]
     assert [name for name, loss in loaded.items() if loss.memory_rows] == ["crd"]
-    assert [name for name, loss in loaded.items() if loss.reads != ("states",)] == ["minilm"]
+    assert [name for name, loss in loaded.items() if loss.reads != ("states",)] == [
+        "minilm", "minilm_v1",
+    ]  # fmt: skip
+    assert [name for name, loss in loaded.items() if loss.attention_heads] == ["minilm_v1"]
     assert [name for name, loss in loaded.items() if loss.same_width] == [
         "mse", "cosine", "logsum", "hint", "crd", "pkd",
     ]  # fmt: skip

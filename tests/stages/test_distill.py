@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from trt_kd.artifacts import Artifact, work_directory, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import work_directory
+from trt_kd.checkpoints import load_model, load_tokenizer, stored_dtype
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError, DataError, ModelError, TrtKdError
 from trt_kd.losses.jsd import JensenShannon
@@ -26,33 +25,9 @@ from trt_kd.teachers.online import OnlineTeacher
 STEPS = 6
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def modelopt():
     require_modelopt()
-
-
-@pytest.fixture(scope="module")
-def make_student(tmp_path_factory, teacher, make_model, tokenizer_dir):
-    """A checkpoint artifact: the teacher with noise on its weights."""
-
-    def make(noise=0.02, dtype=torch.float32, **changes):
-        model = make_model(**changes)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += noise * torch.randn_like(parameter)
-        out = tmp_path_factory.mktemp("student") / "student"
-        with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-            save_model(model.to(dtype), draft.path, tokenizer_from=tokenizer_dir)
-        return Artifact.open(out)
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model
@@ -28,27 +27,6 @@ class MadeConfig(StageConfig):
 @pytest.fixture(scope="module", autouse=True)
 def modelopt():
     require_modelopt()
-
-
-@pytest.fixture(scope="module")
-def other_tokenizer(tmp_path_factory, text_file):
-    """A byte-level tokenizer of 300 tokens, which has learnt from the text read backwards."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = text_file.read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([line[::-1] for line in text.splitlines()], trainer)
-    directory = tmp_path_factory.mktemp("other")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
 
 
 @pytest.fixture(scope="module")

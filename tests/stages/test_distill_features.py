@@ -183,13 +183,16 @@ def test_a_decision_that_cannot_be_made_is_refused(settings, feature, changes, m
 # --- what it learns -----------------------------------------------------------------------------
 
 
-def test_every_loss_is_logged_for_each_pair_and_weighted(settings, small, big, tmp_path):
-    wider = [name for name in FEATURE_LOSSES.names() if FEATURE_LOSSES.load(name)().same_width]
+def test_every_loss_is_logged_for_each_pair_and_weighted(settings, made, big, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+    small = made(2, num_hidden_layers=2, **sizes)
+    losses = {name: FEATURE_LOSSES.load(name)() for name in FEATURE_LOSSES.names()}
     features = [
-        {"loss": name, "pairs": [[0, 1], [1, 2]], "weight": 0.5}
-        | ({"projector": "linear"} if name in wider else {})
-        for name in FEATURE_LOSSES.names()
-    ]
+        {"loss": {"kind": name} | ({"heads": 4} if loss.attention_heads else {}),
+         "pairs": [[0, 1], [1, 2]], "weight": 0.5}
+        | ({"projector": "linear"} if loss.same_width else {})
+        for name, loss in losses.items()
+    ]  # fmt: skip
     trained = distill(settings(*features), student=small, teacher=big, out=tmp_path / "with")
     row = history(trained)[-1]
     names = [f"feature_{n}_{p}" for n in FEATURE_LOSSES.names() for p in ("0_1", "1_2")]
@@ -258,6 +261,29 @@ def test_accumulated_passes_make_the_step_of_one_larger_pass(settings, small, bi
     assert history(parts)[1]["feature_crd_1_2"] == pytest.approx(
         history(whole)[1]["feature_crd_1_2"], rel=1e-3
     )
+
+
+def test_minilm_s_first_version_compares_the_attention_of_the_models(settings, slim, big, tmp_path):
+    """Against transformers' own attention probabilities."""
+    config = settings({"loss": {"kind": "minilm_v1", "heads": 4}, "pairs": [[1, 2]]}, steps=1)
+    row = history(distill(config, student=slim, teacher=big, out=tmp_path / "out"))[0]
+    tokens, found = first_batch(config, slim), []
+    for artifact, layer in ((slim, 1), (big, 2)):
+        model = load_model(artifact.path)
+        model.set_attn_implementation("eager")
+        values = []
+        projection = model.model.layers[layer].self_attn.v_proj
+        projection.register_forward_hook(lambda _m, _i, output, kept=values: kept.append(output))
+        with torch.no_grad():
+            attention = model(tokens, output_attentions=True).attentions[layer]
+        heads = values[0].unflatten(-1, (-1, 16)).transpose(1, 2).repeat_interleave(2, 1)
+        scores = heads @ heads.mT / 4.0
+        later = torch.ones(16, 16).triu(1).bool()
+        relation = scores.masked_fill(later, -torch.inf).softmax(-1)
+        found.append([x[:, :, :-1, :-1] for x in (attention, relation)])
+    pairs = zip(*found, strict=True)
+    expected = sum(torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum() for q, p in pairs) / (4 * 30)
+    assert row["feature_minilm_v1_1_2"] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_a_weight_can_follow_a_schedule(settings, slim, big, tmp_path):
@@ -383,6 +409,8 @@ def refused(message, config, tmp_path, monkeypatch, **roles):
         ({"loss": "pkt", "pairs": "cka", "count": 3}, "3 layers are to be paired"),
         ({"loss": "mse"}, "channel by channel, .* 16 wide, the teacher's 32"),
         ({"loss": {"kind": "minilm", "heads": 3}}, "3 relation heads do not divide"),
+        ({"loss": {"kind": "minilm_v1", "heads": 2}}, "2 attention heads, the teacher has 4"),
+        ({"loss": "minilm_v1"}, "8 attention heads, the student has 2"),
     ],
 )
 def test_layers_that_cannot_be_compared_are_found_before_a_model_is_loaded(
@@ -418,6 +446,7 @@ def test_features_need_a_teacher(settings, small, tmp_path, monkeypatch):
         ({"loss": "mse", "until_step": STEPS}, {}, "until_step 4 must be below steps 4"),
         ({"loss": "minilm", "projector": "linear"}, {}, "projector linear does not fit minilm"),
         ({"loss": "minilm", "normalise": "batch"}, {}, "normalise batch does not fit minilm"),
+        ({"loss": "minilm_v1", "normalise": "batch"}, {}, "batch does not fit minilm_v1"),
         ({"loss": "forward_kl"}, {}, "unknown feature loss 'forward_kl'; available: mse"),
         ({"loss": "mse", "projector": "square"}, {}, "unknown projector 'square'"),
         ({"loss": "mse", "layers": 3}, {}, "Extra inputs"),

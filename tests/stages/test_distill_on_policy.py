@@ -8,9 +8,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, work_directory, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import work_directory
+from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
 from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
@@ -20,28 +19,14 @@ STEPS = 6
 WRITE = {"share": 0.5, "prompt_tokens": 8, "new_tokens": 12}
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def modelopt():
     require_modelopt()
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, make_model, tokenizer_dir):
-    model = make_model()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    out = tmp_path_factory.mktemp("student") / "student"
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=tokenizer_dir)
-    return Artifact.open(out)
+def student(make_student):
+    return make_student(noise=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +82,10 @@ def test_the_share_of_steps_is_drawn_by_step_and_seed_alone():
 
 def test_every_batch_is_sampled_with_a_seed_of_its_own():
     seeds = [
-        OnPolicy().seed_of(step, seed, batch, process)
+        OnPolicy().seed_of(step, seed, batch)
         for step in range(4)
         for seed in range(3)
-        for batch in range(3)
-        for process in range(2)
+        for batch in range(6)
     ]
     assert len(set(seeds)) == len(seeds)
 

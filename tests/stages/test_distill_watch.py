@@ -10,9 +10,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, work_directory, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import work_directory
+from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import DataError, TrtKdError
 from trt_kd.evaluation.fidelity import block_scores
@@ -24,28 +23,14 @@ STEPS, BLOCKS, SKIP = 8, 3, 2
 MONITOR = {"every_steps": 3, "blocks": BLOCKS, "skip_blocks": SKIP}
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def modelopt():
     require_modelopt()
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, make_model, tokenizer_dir):
-    model = make_model()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    out = tmp_path_factory.mktemp("student") / "student"
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=tokenizer_dir)
-    return Artifact.open(out)
+def student(make_student):
+    return make_student()
 
 
 @pytest.fixture(scope="module")

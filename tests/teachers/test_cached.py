@@ -8,12 +8,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from trt_kd.artifacts import Artifact, work_directory, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import work_directory
+from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ArtifactError, ModelError
-from trt_kd.stages.distill import DistillConfig, distill, train_student
+from trt_kd.stages.distill import DistillConfig, distill
+from trt_kd.stages.teaching import train_student
 from trt_kd.teachers import TEACHERS
 from trt_kd.teachers import writing as writing_module
 from trt_kd.teachers.base import Demand, Teacher
@@ -26,24 +26,9 @@ from trt_kd.teachers.online import OnlineTeacher
 STEPS, VOCABULARY = 6, 512
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, make_model, tokenizer_dir):
-    """The teacher with noise on its weights."""
-    model = make_model()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    out = tmp_path_factory.mktemp("student") / "student"
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=tokenizer_dir)
-    return Artifact.open(out)
+def student(make_student):
+    return make_student()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import Artifact
 from trt_kd.errors import ConfigError
 from trt_kd.stages.distill import DistillConfig
 from trt_kd.stages.matching import check_processes
@@ -89,7 +87,8 @@ for name, job in json.loads(jobs).items():
     stage.save_model = refuse if job["full_disk"] else save
     config, out = stage.DistillConfig.model_validate(job["config"]), Path(job["out"])
     try:
-        made = stage.distill(config, **roles, out=out)
+        teacher = Artifact.open(Path(job["teacher"])) if job["teacher"] else roles["teacher"]
+        made = stage.distill(config, student=roles["student"], teacher=teacher, out=out)
         found[name]["processes"] = made.metrics["processes"]
     except (TrtKdError, KeyboardInterrupt) as error:
         found[name]["error"] = f"{type(error).__name__}: {error}"
@@ -101,23 +100,15 @@ if other:
 """
 
 
-class NoisedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
+@pytest.fixture(scope="module")
+def student(make_student):
+    return make_student(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, make_model, tokenizer_dir):
-    model = make_model(num_hidden_layers=2)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    out = tmp_path_factory.mktemp("student") / "student"
-    with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
-        save_model(model, draft.path, tokenizer_from=tokenizer_dir)
-    return Artifact.open(out)
+def stranger(make_student, other_tokenizer):
+    """A teacher with another tokenizer."""
+    return make_student(noise=0.0, tokenizer=other_tokenizer, vocab_size=320)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,7 @@ def settings(text_file):
     return make
 
 
-def all_jobs(settings, student, folder):
+def all_jobs(settings, student, stranger, folder):
     """What the pair does, in order; of what is begun again every part has the same folder."""
     fsdp2 = {"sharding": "fsdp2"}
     bf16 = {"steps": 2, "precision": "bf16"}
@@ -147,6 +138,12 @@ def all_jobs(settings, student, folder):
     others = {"others": [str(student.path)], "weights": [2, 1]}
     several = short | {"teacher": {"kind": "several"} | others, "monitor": None}
     stopped = {"stop_on": ["response_rises"]}
+    write = {"share": 1.0, "prompt_tokens": 8, "new_tokens": 6}
+    own = short | {"monitor": None, "task_weight": 0.0, "on_policy": write}
+    minillm = own | {"loss": "reverse_kl"}
+    minillm["on_policy"] = write | {"policy_gradient": {"teacher_mix": 0.3}}
+    cross = short | {"teacher": "cross_tokenizer", "loss": "uld"}
+    stranger = {"teacher": str(stranger.path)}
     jobs = {
         "alone": {"alone": True},
         "ddp": {},
@@ -157,6 +154,12 @@ def all_jobs(settings, student, folder):
         "cached": {"config": cached},
         "several_alone": {"alone": True, "config": several},
         "several": {"config": several},
+        "own_alone": {"alone": True, "config": own},
+        "own": {"config": own},
+        "minillm_alone": {"alone": True, "config": minillm},
+        "minillm": {"config": minillm},
+        "cross_alone": {"alone": True, "config": cross} | stranger,
+        "cross": {"config": cross} | stranger,
         "relay_1": {"alone": True, "config": stopped, "alarm": 1},
         "relay_2": {"cut": 3},
         "relay_3": {"config": fsdp2 | stopped, "alarm": 3},
@@ -164,18 +167,18 @@ def all_jobs(settings, student, folder):
         "taken": {},
         "full_disk": {"full_disk": True, "config": {"steps": 1, "monitor": None}},
     }
-    plain = {"alone": False, "cut": 0, "alarm": 0, "full_disk": False}
+    plain = {"alone": False, "cut": 0, "alarm": 0, "full_disk": False, "teacher": ""}
     for name, job in jobs.items():
         out = str(folder / name.partition("_")[0] if "relay" in name else folder / name)
         yield name, plain | job | {"out": out, "config": settings(**job.get("config", {}))}
 
 
 @pytest.fixture(scope="module")
-def pair(settings, student, teacher, forks, tmp_path_factory):
+def pair(settings, student, teacher, stranger, forks, tmp_path_factory):
     """All jobs of both processes: where they wrote and what each of them found."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "taken").mkdir()
-    jobs = dict(all_jobs(settings, student, folder))
+    jobs = dict(all_jobs(settings, student, stranger, folder))
     arguments = [json.dumps(jobs), str(student.path), str(teacher.path), str(folder)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -258,6 +261,17 @@ def test_two_processes_mix_several_teachers_as_one_does(made):
     assert_same_training(made("several"), made("several_alone"), logs=["history"])
 
 
+@pytest.mark.parametrize("name", ["own", "minillm"])
+def test_two_processes_write_and_learn_what_one_does(made, name):
+    assert_same_training(made(name), made(f"{name}_alone"), logs=["history"])
+    assert all(row["generated_tokens"] > 0 for row in rows(made(name), "history"))
+
+
+def test_two_processes_hear_a_teacher_with_another_tokenizer_as_one_does(made):
+    assert_same_training(made("cross"), made("cross_alone"))
+    assert all(row["aligned_share"] > 0 for row in rows(made("cross"), "history"))
+
+
 # --- how they go on -----------------------------------------------------------------------------
 
 
@@ -303,7 +317,9 @@ def test_the_others_stop_when_the_first_fails_in_the_end(pair):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"features": [{"loss": "mse"}]}, "features are learnt in one process, 2 were"),
+        ({"features": [{"loss": "mse"}]}, "features: learnt in one process, 2 were"),
+        ({"exits": {"layers": [0]}}, "exits: learnt in one process, 2 were"),
+        ({"balance": {}}, "balance: learnt in one process, 2 were"),
         (
             {"teacher": {"kind": "served", "url": "http://127.0.0.1:1/v1", "model": "tiny"}},
             "teacher served works in one process, 2 were",

@@ -35,10 +35,10 @@ def test_every_projector_learns_under_every_normalisation(name, side, normalise)
     values = []
     for _ in range(15):
         optimizer.zero_grad()
-        total, sums = made.sums(both(dtype=torch.bfloat16), MASK, 0)
+        (total,) = (part.value for part in made.parts(both(dtype=torch.bfloat16), MASK, 0).values())
         total.backward()
         optimizer.step()
-        values.append(sums["feature_mse_0_1"].item())
+        values.append(total.item())
     assert total.dtype == torch.float32
     assert values[-1] < values[0]
 
@@ -60,13 +60,12 @@ def test_a_memory_holds_the_latest_tokens_of_whole_steps(tmp_path):
     made = terms({"loss": crd, "pairs": [[0, 1]], "projector": "linear"})
     (term,) = made.terms
     assert term.waits
-    total, sums = made.sums(both(0), MASK, 0)
-    assert (total.item(), sums) == (0.0, {})
+    assert made.parts(both(0), MASK, 0) == {}
     assert not len(term.memory)  # within a step all passes see the same memory
     made.remember()
     first = both(0).teacher[1, "states"][:, :7].flatten(0, 1)
     torch.testing.assert_close(term.memory, first)
-    value = made.sums(both(1), MASK, 1)[1]["feature_crd_0_1"]
+    value = made.parts(both(1), MASK, 1)["feature_crd_0_1"].value
     made.remember()
     second = both(1).teacher[1, "states"][:, :7].flatten(0, 1)
     torch.testing.assert_close(term.memory, torch.cat([first, second])[-20:])
@@ -76,7 +75,7 @@ def test_a_memory_holds_the_latest_tokens_of_whole_steps(tmp_path):
     again = terms({"loss": crd, "pairs": [[0, 1]], "projector": "linear"}, seed=9)
     again.resumed(tmp_path)
     torch.testing.assert_close(again.state_dict(), made.state_dict(), rtol=0, atol=0)
-    expected, found = (x.sums(both(2), MASK, 2)[0] for x in (made, again))
+    expected, found = (x.parts(both(2), MASK, 2)["feature_crd_0_1"].value for x in (made, again))
     assert torch.equal(expected, found)
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ModelError
-from trt_kd.stages.distill import DistillConfig, distill, train_student
+from trt_kd.stages.distill import DistillConfig, distill
+from trt_kd.stages.teaching import train_student
+from trt_kd.training.blocks import IGNORE_INDEX, Blocks
 from trt_kd.training.packing import check_packing, inputs, positions
-from trt_kd.training.trainer import IGNORE_INDEX, Blocks
 
 END = 0
 

@@ -14,7 +14,7 @@ from trt_kd.training.features import width
 from trt_kd.training.reading import reading
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
-ATTENTION = ("queries", "keys", "values")
+ATTENTION = ("queries", "keys", "values", "attention")
 TOKENS = torch.arange(1, 19).view(2, 9)
 
 
@@ -72,12 +72,18 @@ def test_queries_keys_and_values_are_those_that_make_the_attention(make_model):
     attention.o_proj.register_forward_pre_hook(lambda _module, inputs: heard.append(inputs[0]))
     with reading(model, [(2, what) for what in ATTENTION]) as seen:
         run(model)
-    heads = {what: seen[2, what].unflatten(-1, (-1, 16)).transpose(1, 2) for what in ATTENTION}
+    heads = {what: seen[2, what].unflatten(-1, (-1, 16)).transpose(1, 2) for what in ATTENTION[:3]}
     keys, values = (heads[what].repeat_interleave(2, 1) for what in ("keys", "values"))
     scores = heads["queries"] @ keys.mT / 4.0
     scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
     expected = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
     torch.testing.assert_close(heard[0], expected)
+    queries, keys, values = (
+        part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in seen[2, "attention"].chunk(3, -1)
+    )
+    scores = (queries @ keys.mT).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    together = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(together, heard[0])
 
 
 def test_two_models_can_be_read_at_once(make_model):

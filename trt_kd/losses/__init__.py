@@ -41,6 +41,7 @@ FEATURE_LOSSES: Registry[type[FeatureLoss]] = Registry(
         "rkd_distance": "trt_kd.losses.features.relations:RelationalDistance",
         "rkd_angle": "trt_kd.losses.features.relations:RelationalAngle",
         "minilm": "trt_kd.losses.features.relations:MiniLM",
+        "minilm_v1": "trt_kd.losses.features.relations:MiniLMv1",
     },
 )
 

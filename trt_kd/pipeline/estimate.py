@@ -14,6 +14,7 @@ from typing import Any
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.pipeline.flow import Step
+from trt_kd.pipeline.training_cost import training_bytes, training_flops, writing_s
 
 FORWARD_SHARE = 0.55
 """Share of the float32 matrix rate that a forward pass reaches."""
@@ -137,13 +138,10 @@ def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 
 def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    tokens = config.tokens
-    flops = 3 * model.forward_flops_per_token()
-    if config.uses_teacher:
-        flops += teacher.forward_flops_per_token()
-    seconds = tokens * flops / (TRAINING_SHARE * matrix_flops_per_s())
-    logits = 4.0 * config.batch_size * config.data.block_tokens * model.vocab * 2
-    memory = 16.0 * model.parameters + 4.0 * teacher.parameters + logits
+    rate = matrix_flops_per_s()
+    seconds = training_flops(config, model, teacher) / (TRAINING_SHARE * rate)
+    seconds += writing_s(config, model, teacher, FORWARD_SHARE * rate)
+    memory = training_bytes(config, model, teacher)
     return seconds, memory, 2.0 * model.parameters + 12.0 * model.parameters
 
 

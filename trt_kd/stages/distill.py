@@ -2,9 +2,8 @@
 
 import shutil
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -28,14 +27,15 @@ from trt_kd.stages.matching import (
     check_teacher,
     option_problem,
 )
+from trt_kd.stages.teaching import train_in
 from trt_kd.teachers import TEACHERS
-from trt_kd.teachers.base import Demand, Teacher
+from trt_kd.teachers.base import Teacher
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.training.alarms import ALARMS, Need
 from trt_kd.training.checkpointing import check_space, claim
 from trt_kd.training.distributed import joined, writing_once
 from trt_kd.training.features import with_pairs
-from trt_kd.training.history import TrainingLog, training_metrics, write_rows
+from trt_kd.training.history import training_metrics, write_rows
 from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.packing import Packing
 from trt_kd.training.run import Run, Text
@@ -46,15 +46,10 @@ from trt_kd.training.weights import (
     over_whole_run,
     peak,
     step_without_term,
-    weight_at,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from trt_kd.teachers.cache import Cache
 
 
 class DistillConfig(Schedule, StageConfig):
@@ -96,6 +91,7 @@ class DistillConfig(Schedule, StageConfig):
     @model_validator(mode="after")
     def _weights_arrive_in_time(self) -> Self:
         weights = {"task_weight": self.task_weight, "response_weight": self.response_weight}
+        weights |= {"exits.weight": self.exits.weight} if self.exits else {}
         weights |= {f"features.{n}.weight": one.weight for n, one in enumerate(self.features)}
         for name, weight in weights.items():
             if isinstance(weight, WeightSchedule) and (weight.steps or 0) > self.steps:
@@ -208,6 +204,8 @@ class DistillConfig(Schedule, StageConfig):
                 "monitor": self.monitor and MonitorConfig(every_steps=1, blocks=1, skip_blocks=0),
                 "features": [feature.rehearsal() for feature in self.features],
                 "features_if": None,
+                "exits": self.exits and self.exits.rehearsal(),
+                "balance": self.balance and self.balance.model_copy(update={"every_steps": 1}),
                 "on_policy": self.on_policy and self.on_policy.rehearsal(),
                 "stop_on": [],
             }
@@ -226,6 +224,8 @@ class DistillConfig(Schedule, StageConfig):
                 "allow_smaller_teacher": False,
                 "features": [],
                 "features_if": None,
+                "exits": None,
+                "balance": None,
                 "on_policy": None,
                 "stop_on": [a.name for a in ALARMS if a.name in self.stop_on and a.needs <= plain],
             }
@@ -248,6 +248,8 @@ def distill(
         TrtKdError: if the loss stops being finite.
     """
     check_teacher(config, has_teacher=teacher is not None)
+    if config.exits is not None:
+        config.exits.check(read_shape(student.path).layers)
     training = config
     if teacher is not None:
         for path in (teacher.path, *config.teacher.further()):
@@ -302,65 +304,6 @@ def require_modelopt() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
         require("modelopt.torch.distill.plugins.huggingface", extra="compress")
-
-
-def train_student(
-    config: DistillConfig,
-    model: "PreTrainedModel",
-    blocks: "NDArray[np.int64]",
-    teacher: "Path | Cache | None",
-    work: Path,
-    *,
-    heldout: "NDArray[np.int64] | None" = None,
-) -> TrainingLog:
-    """Train ``model`` in place on ``blocks`` in order, in this process; return the log.
-
-    ``teacher`` is a checkpoint, or a cache of log-probabilities that holds every block, those of
-    ``heldout`` included, which the monitor measures on; without them there is none.
-    """
-    return train_in(Run(config, work), config, model, Text(blocks, heldout), teacher)
-
-
-def train_in(
-    run: Run,
-    config: DistillConfig,
-    model: "PreTrainedModel",
-    text: Text,
-    teacher: "Path | Cache | None",
-) -> TrainingLog:
-    """The same among the processes of ``run``, each of which has to call it.
-
-    Raises:
-        ValueError: if documents shall be told apart and the run does not say what ends one.
-    """
-    if config.packing.reset and run.end is None:
-        raise ValueError("packing.reset needs the token that ends a document: give the run its end")
-    import numpy as np
-
-    from trt_kd.training.head import Objective
-    from trt_kd.training.loop import train
-
-    def objective_at(step: int) -> Objective:
-        task, response = (
-            weight_at(weight, step, config.steps)
-            for weight in (config.task_weight, config.response_weight)
-        )
-        if config.on_policy is not None and config.on_policy.draws(step, config.seed):
-            task = 0.0  # there are no true tokens
-        return Objective(config.loss, task, response, config.label_smoothing)
-
-    seen = text.blocks if text.heldout is None else np.concatenate([text.blocks, text.heldout])
-    vocabulary = model.config.vocab_size
-    demand = Demand(seen, config.precision, run.work, vocabulary, run.tokenizer)
-    with run.processes.main_first():  # it writes a cache, the others read it
-        targets = config.teacher.targets(teacher, demand) if isinstance(teacher, Path) else teacher
-    if config.features:
-        from trt_kd.training.similarity import by_similarity
-
-        beside = cast("PreTrainedModel", targets)
-        features = by_similarity(config.features, model, beside, text.blocks, run.work)
-        run = replace(run, schedule=config.model_copy(update={"features": features}))
-    return train(model, targets, text, objective_at=objective_at, run=run)
 
 
 def _text(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:

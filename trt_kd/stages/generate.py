@@ -25,11 +25,16 @@ from trt_kd.errors import ConfigError, DataError, ModelError
 from trt_kd.evaluation.vocabulary import context_tokens
 from trt_kd.optional import require
 from trt_kd.teachers.online import OnlineTeacher
+from trt_kd.teachers.traces import FAULTS, Trace, Traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trt_kd.teachers.writer import Written
+
+
+SHOWN = ("prompt", "text", "finished", "thought", "answer", "gain_nats")
+"""What a line of the artifact holds, where it is known."""
 
 
 class GenerateConfig(StageConfig):
@@ -53,6 +58,8 @@ class GenerateConfig(StageConfig):
     """0 takes the likeliest token each time; 1 samples from the teacher as it is."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that hold so much probability."""
+    traces: Traces | None = None
+    """Keep only texts that think and then answer, as these say; all of them if left out."""
     batch_size: PositiveInt = 8
     """Texts at a time; a kill costs one batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -62,6 +69,11 @@ class GenerateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
+        if self.traces and self.traces.most_tokens >= self.new_tokens:
+            raise ValueError(
+                f"traces.most_tokens {self.traces.most_tokens} has no effect: it must be below "
+                f"new_tokens {self.new_tokens}"
+            )
         if self.top_p < 1 and not self.temperature:
             raise ValueError("top_p has no effect: temperature is 0")
         return self
@@ -72,13 +84,15 @@ class GenerateConfig(StageConfig):
 
     def rehearsal(self) -> Self:
         """Two short texts."""
-        return self.model_copy(update={"texts": 2, "new_tokens": min(self.new_tokens, 4)})
+        short = {"texts": 2, "new_tokens": min(self.new_tokens, 4), "traces": None}
+        return self.model_copy(update=short)
 
 
 def generate(config: GenerateConfig, *, teacher: Artifact, out: Path) -> Artifact:
     """Write texts of ``teacher`` as JSON lines to ``out``; batches of a cut-off run are taken up.
 
-    Each line has the ``prompt``, the whole ``text`` and whether the teacher ended it, ``finished``.
+    Each line has the ``prompt``, the whole ``text`` and whether the teacher ended it, ``finished``;
+    with ``traces`` also ``thought``, ``answer`` and, where it is asked for, ``gain_nats``.
 
     Raises:
         ConfigError: if prompt and new tokens are more than the teacher's context.
@@ -93,16 +107,39 @@ def generate(config: GenerateConfig, *, teacher: Artifact, out: Path) -> Artifac
     with writing(out, kind="text", config=config, inputs=inputs) as draft:
         work = claim_work(work_directory(out), work_key(config, {"teacher": teacher.key}))
         rows = list(_rows(_Writer(config, teacher.path, tokenizer), prompts, work))
+        kept = _kept(rows)
         with (draft.path / TEXTS).open("w", encoding="utf-8") as file:
-            for row in rows:
-                kept = {name: row[name] for name in ("prompt", "text", "finished")}
-                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            for row in kept:
+                shown = {name: row[name] for name in SHOWN if name in row}
+                file.write(json.dumps(shown, ensure_ascii=False) + "\n")
         draft.metrics |= {
-            "texts": len(rows),
-            "new_tokens": sum(row["new_tokens"] for row in rows),
-            "finished_share": sum(row["finished"] for row in rows) / len(rows),
+            "texts": len(kept),
+            "new_tokens": sum(row["new_tokens"] for row in kept),
+            "finished_share": sum(row["finished"] for row in kept) / len(kept),
         }
+        if config.traces is not None:
+            draft.metrics |= {f"left_out_{fault}": _count(rows, fault) for fault in FAULTS}
     return Artifact.open(out, expect="text")
+
+
+def _kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without a fault.
+
+    Raises:
+        DataError: if there is none.
+    """
+    kept = [row for row in rows if not row.get("fault")]
+    if not kept:
+        counts = ", ".join(f"{_count(rows, fault)} {fault}" for fault in FAULTS)
+        raise DataError(
+            f"none of {len(rows)} texts is kept: {counts}",
+            hint="change traces, raise new_tokens, or ask a teacher that thinks in this form",
+        )
+    return kept
+
+
+def _count(rows: list[dict[str, Any]], fault: str) -> int:
+    return sum(row.get("fault") == fault for row in rows)
 
 
 def _check_context(config: GenerateConfig, directory: Path) -> None:
@@ -166,12 +203,53 @@ class _Writer:
         choice = Choice(config.new_tokens, config.temperature, config.top_p, config.precision)
         seed = random.Random(f"{config.seed} {number}").getrandbits(32)
         found = continuations(self._model, self.tokenizer, prompts, choice, seed=seed)
-        return {"rows": [self._row(*pair) for pair in zip(prompts, found, strict=True)]}
+        pairs = zip(prompts, found, strict=True)
+        return {"rows": [self._row(*pair) | self._traced(*pair) for pair in pairs]}
+
+    def _traced(self, prompt: list[int], written: "Written") -> dict[str, Any]:
+        """The parts of a text that thinks, and its fault, None where it is kept."""
+        if (wanted := self.config.traces) is None:
+            return {}
+        text: Any = self.tokenizer.decode(self._without_end(written), skip_special_tokens=False)
+        trace = wanted.split(text)
+        if not written.finished or trace is None:
+            return {"fault": "undelimited" if written.finished else "unfinished"}
+        parts: dict[str, Any] = {"thought": trace.thought, "answer": trace.answer}
+        if len(self._ids(trace.thought)) > wanted.most_tokens:
+            return {"fault": "too_long"}
+        if wanted.least_gain_nats is not None:
+            parts["gain_nats"] = self._gain_nats(prompt, trace, wanted)
+            if parts["gain_nats"] < wanted.least_gain_nats:
+                return {"fault": "unsupported"}
+        return parts
+
+    def _gain_nats(self, prompt: list[int], trace: Trace, wanted: Traces) -> float:
+        """How much likelier the answer is behind the trace than behind an empty one, per token."""
+        from trt_kd.teachers.writer import answer_nats
+
+        begin, answer = wanted.open if trace.opened else "", self._ids(trace.answer)
+        nats = [
+            answer_nats(
+                self._model,
+                prompt + self._ids(f"{begin}{thought}{wanted.close}"),
+                answer,
+                self.config.precision,
+            )
+            for thought in (trace.thought, "")
+        ]
+        return nats[0] - nats[1]
+
+    def _ids(self, text: str) -> list[int]:
+        found: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return found["input_ids"]  # type: ignore[no-any-return]
+
+    def _without_end(self, written: "Written") -> list[int]:
+        end = self.tokenizer.eos_token_id  # the packing of documents puts its own
+        return written.ids[:-1] if written.ids[-1:] == [end] else written.ids
 
     def _row(self, prompt: list[int], written: "Written") -> dict[str, Any]:
-        end = self.tokenizer.eos_token_id  # the packing of documents puts its own
-        ids = written.ids[:-1] if written.ids[-1:] == [end] else written.ids
-        skip = not self.config.chat
+        ids = self._without_end(written)
+        skip = not self.config.chat and self.config.traces is None
         return {
             "prompt": self.tokenizer.decode(prompt, skip_special_tokens=skip),
             "text": self.tokenizer.decode(prompt + ids, skip_special_tokens=skip),

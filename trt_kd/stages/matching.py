@@ -7,6 +7,7 @@ from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.errors import ConfigError, ModelError
 from trt_kd.evaluation.vocabulary import check_padding, context_tokens, tokenizer_identity
+from trt_kd.losses.kl import ReverseKL
 from trt_kd.training.weights import peak, weight_at
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ def option_problem(config: "DistillConfig") -> str | None:
         "features_if": _escalation_problem(config, config.features_if)
         if config.features_if
         else None,
+        "exits": f"an exit's head is read whole: write sharding: none, not {config.sharding}"
+        if config.exits and config.sharding != "none"
+        else None,
+        "balance": _balance_problem(config) if config.balance else None,
     }
     return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
 
@@ -104,6 +109,7 @@ def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | Non
     drawn = [step for step in range(config.steps) if wanted.draws(step, config.seed)]
     weights = (weight_at(config.response_weight, step, config.steps) for step in drawn)
     teacher, block = config.teacher, config.data.block_tokens
+    policy = wanted.policy_gradient
     problems = {
         "response_weight is 0: only a teacher can judge what the student writes": not peak(
             config.response_weight
@@ -111,7 +117,13 @@ def _on_policy_problem(config: "DistillConfig", wanted: "OnPolicy") -> str | Non
         f"a {teacher.kind} teacher has not read what the student will write: write teacher: "
         "online": not teacher.runs_beside,
         f"{config.loss.kind} needs the true next tokens, which the student's own text has not: "
-        "take another loss": config.loss.needs_labels,
+        "take another loss": config.loss.needs_labels and not policy,
+        f"policy_gradient takes one teacher in every step, not {teacher.kind}: write teacher: "
+        "online": policy is not None and teacher.kind != "online",
+        "policy_gradient takes the place of the loss in every step, and it is the reverse KL: "
+        "write loss: reverse_kl": policy is not None
+        and wanted.share == 1
+        and config.loss != ReverseKL(),
         "the student continues a block as one text: leave packing.reset out": config.packing.reset,
         f"the student cannot write while it is sharded: write sharding: none, not "
         f"{config.sharding}": config.sharding != "none",
@@ -147,6 +159,24 @@ def _escalation_problem(config: "DistillConfig", wanted: "Escalation") -> str | 
         f"a feature ends before step {after}: leave until_step out": any(
             feature.until_step is not None and feature.until_step <= after
             for feature in config.features
+        ),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def _balance_problem(config: "DistillConfig") -> str | None:
+    heads = [weight for weight in (config.task_weight, config.response_weight) if peak(weight)]
+    terms = len(heads) + len(config.features) + len(config.exits.layers if config.exits else [])
+    problems = {
+        "no effect: there is a single term": terms < 2,
+        "the student's own text has gradients of another size: leave one of them out": (
+            config.on_policy is not None
+        ),
+        f"the norms are measured in a whole model: write sharding: none, not {config.sharding}": (
+            config.sharding != "none"
+        ),
+        "the norms are measured between layers that are kept: leave gradient_checkpointing out": (
+            config.gradient_checkpointing
         ),
     }
     return next((problem for problem, found in problems.items() if found), None)

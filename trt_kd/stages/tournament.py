@@ -17,7 +17,8 @@ from trt_kd.artifacts import piece
 from trt_kd.checkpoints import load_model, save_model, stored_dtype
 from trt_kd.pruning.halving import Tournament, compared, leader_share, order, rank_agreement
 from trt_kd.stages.choosing import Divergences, Trial
-from trt_kd.stages.distill import DistillConfig, train_student
+from trt_kd.stages.distill import DistillConfig
+from trt_kd.stages.teaching import train_student
 from trt_kd.teachers.cached import CachedTeacher
 from trt_kd.teachers.identity import identity_of
 from trt_kd.teachers.online import OnlineTeacher

@@ -73,6 +73,19 @@ def continuations(
     return [_until_end(row, ends) for row in made_BL[:, longest:].tolist()]
 
 
+@torch.no_grad()
+def answer_nats(
+    model: "PreTrainedModel", context: list[int], answer: list[int], precision: Precision
+) -> float:
+    """Log-probability of ``answer`` after ``context``, token ids, in nats per token."""
+    tokens_1L = torch.tensor([context + answer], device=model.device)
+    runner: Any = model
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits_LV = runner(input_ids=tokens_1L, use_cache=False).logits[0]
+    rows_AV = logits_LV[len(context) - 1 : -1].float().log_softmax(-1)
+    return float(rows_AV.gather(-1, tokens_1L[0, len(context) :, None]).mean())
+
+
 def settings_of(choice: Choice, ends: list[int]) -> Any:
     """Settings of our own alone: those in the checkpoint may penalize or sample."""
     from transformers import GenerationConfig

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from trt_kd.teachers.gapped import GappedRows
 from trt_kd.teachers.spans import Reading, Translator
-from trt_kd.training.head import Head, TeacherRows
+from trt_kd.training.head import Head, TeacherRows, linear_head
 from trt_kd.training.sharding import gathered
-from trt_kd.training.trainer import DistillTrainer, linear_head
+from trt_kd.training.trainer import DistillTrainer
 
 
 class CrossTrainer(DistillTrainer):

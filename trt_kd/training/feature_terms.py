@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,15 @@ logger = logging.getLogger(__name__)
 
 FILE = "features.safetensors"
 """Projectors and memories in a training checkpoint."""
+
+
+class Part(NamedTuple):
+    """One term of a micro-batch."""
+
+    weight: float
+    """Its factor at this step."""
+    value: Tensor
+    """Its sum over valid tokens, ``[]``."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +163,24 @@ class FeatureTerms(nn.Module):
         with reading(student, sorted(wanted[0])) as one, reading(teacher, sorted(wanted[1])) as two:
             yield Both(one, two)
 
-    def sums(self, both: Both, mask_BK: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of the terms over valid tokens, and every term's own sum."""
-        total, found = torch.zeros((), device=mask_BK.device), {}
+    def parts(self, both: Both, mask_BK: Tensor, step: int) -> dict[str, Part]:
+        """Every term's sum over valid tokens with its weight, by its name in the log."""
+        found = {}
         with torch.autocast(mask_BK.device.type, enabled=False):
             for term in self.at(step):
                 waits = term.waits
                 value = term(both, mask_BK)
                 if not waits:
-                    total = total + weight_at(term.feature.weight, step, self.steps) * value
-                    found[term.name] = value.detach()
-        return total, found
+                    found[term.name] = Part(weight_at(term.feature.weight, step, self.steps), value)
+        return found
+
+    def lowest(self, step: int) -> int | None:
+        """The student's layer whose input all terms of ``step`` depend on, as late as can be.
+
+        One more than the last layer where its output is all that they read; None without terms.
+        """
+        reads = [(term.pair[0], what) for term in self.at(step) for what in term.feature.loss.reads]
+        return min((layer + (what == "states") for layer, what in reads), default=None)
 
     def remember(self) -> None:
         """Let every term that has a memory take the step into it."""

@@ -123,11 +123,24 @@ def check_names(features: Sequence[Feature]) -> None:
 
 def width(shape: ModelShape, reading: Reading) -> int:
     """Channels of what is read of a layer."""
-    heads = {"queries": shape.heads, "keys": shape.kv_heads, "values": shape.kv_heads}
+    heads = {
+        "queries": shape.heads,
+        "keys": shape.kv_heads,
+        "values": shape.kv_heads,
+        "attention": 3 * shape.heads,
+    }
     return shape.hidden if reading == "states" else heads[reading] * shape.head_dim
 
 
 def _check_widths(feature: Feature, student: ModelShape, teacher: ModelShape) -> None:
+    heads = feature.loss.attention_heads
+    for role, shape in (("student", student), ("teacher", teacher)):
+        if heads is not None and heads != shape.heads:
+            raise ConfigError(
+                f"features: {feature.loss.kind} compares {heads} attention heads, the {role} has "
+                f"{shape.heads}",
+                hint="set loss.heads to their number; where it differs between both take minilm",
+            )
     for reading in feature.loss.reads:
         widths = width(student, reading), width(teacher, reading)
         if feature.projector.kind != "none":

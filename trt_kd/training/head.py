@@ -10,7 +10,7 @@ Shape suffixes: T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from trt_kd.losses.base import KDLoss
 from trt_kd.losses.maths import cross_entropy_gradient
+from trt_kd.losses.policy import JudgedRows, policy_gradient
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.gapped import GappedRows
 from trt_kd.teachers.mixing import MixedRows
 
-TeacherRows: TypeAlias = Tensor | TopK | MixedRows | GappedRows
-"""What a teacher says: dense logits, top-k log-probabilities, logits mixed on demand, or logits of
-some rows only."""
-Piece: TypeAlias = Tensor | TopK | GappedRows
+TeacherRows: TypeAlias = Tensor | TopK | MixedRows | GappedRows | JudgedRows
+"""What a teacher says: dense logits, top-k log-probabilities, logits mixed on demand, logits of
+some rows only, or of sampled tokens with what they led to."""
+Piece: TypeAlias = Tensor | TopK | GappedRows | JudgedRows
 """The same for a few rows, as a loss sees it."""
 GROUP_BYTES = {"cpu": 32 << 20}
 """Size of one group's logits, by device; student and teacher have one each. A smaller group costs
@@ -73,6 +74,10 @@ class Objective:
             raise ValueError("an objective needs a weight that is not zero")
         return task, response, gradient_TV
 
+    def weighed(self, *, task: float, response: float) -> "Objective":
+        """The same terms with other weights."""
+        return replace(self, task_weight=task, response_weight=response)
+
     def _response(
         self, student_TV: Tensor, teacher: Piece | None, mask_T: Tensor, labels_T: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -80,6 +85,8 @@ class Objective:
             raise ValueError("the response term needs a teacher's rows")
         if isinstance(teacher, TopK):
             return self.loss.top_k_value_and_gradient(student_TV, teacher, mask_T, labels_T)
+        if isinstance(teacher, JudgedRows):
+            return policy_gradient(student_TV, teacher, labels_T)
         if isinstance(teacher, GappedRows):
             return self.loss.value_and_gradient(student_TV, teacher.logits, teacher.known, labels_T)
         return self.loss.value_and_gradient(student_TV, teacher, mask_T, labels_T)
@@ -106,6 +113,12 @@ class Head:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits in the head's dtype."""
         return F.linear(hidden_TD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def linear_head(model: Any) -> Head:
+    """The model's output head."""
+    head = model.get_output_embeddings()
+    return Head(head.weight, getattr(head, "bias", None))
 
 
 def head_loss(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trt_kd.losses.kl import ForwardKL
+from trt_kd.losses.policy import JudgedRows
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.gapped import GappedRows
 from trt_kd.training.head import Head, TeacherRows
@@ -51,8 +52,8 @@ def heldout_sums(
         task = F.nll_loss(log_q, labels_T[rows], reduction="sum")
         entropy = -(log_q.exp() * log_q).sum()
         given = None if teacher is None else teacher(rows)[:]
-        if isinstance(given, GappedRows):
-            raise ValueError("a teacher of another vocabulary has no divergence token by token")
+        if isinstance(given, GappedRows | JudgedRows):
+            raise ValueError(f"{type(given).__name__} have no divergence token by token")
         divergence, agreement = _beside(given, log_q)
         sums += torch.stack([x.double() for x in (task, entropy, divergence, agreement)])
     return sums

@@ -18,6 +18,7 @@ NAMES = {
     "response_weight": "response_weight",
     "dropped_teacher_mass": "dropped_teacher_mass",
     "generated_tokens": "generated_tokens",
+    "importance_weight": "importance_weight",
     "aligned_share": "aligned_share",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
@@ -27,6 +28,7 @@ NAMES = {
 MEASURED = "monitor_seconds"
 """What stands in the log's entry of a measurement and in no other."""
 MEASURED_PREFIXES = ("heldout_", "grad_norm_", MEASURED)
+TERM_PREFIXES = ("feature_", "exit_", "balanced_")
 FINAL_STEPS = 10
 """Steps behind a final value."""
 
@@ -53,7 +55,7 @@ def history_of(log: Iterable[Mapping[str, Any]]) -> list[Row]:
     """One row per step."""
     return [
         {ours: entry[theirs] for theirs, ours in NAMES.items() if theirs in entry}
-        | {name: value for name, value in entry.items() if name.startswith("feature_")}
+        | {name: value for name, value in entry.items() if name.startswith(TERM_PREFIXES)}
         for entry in log
         if "loss" in entry
     ]

@@ -20,6 +20,8 @@ from trt_kd.teachers.forward import check_linear_head
 from trt_kd.teachers.mixing import Mixture
 from trt_kd.teachers.writer import ends_of
 from trt_kd.training.attention import blockwise_attention
+from trt_kd.training.balancing import balancer_of
+from trt_kd.training.blocks import Blocks
 from trt_kd.training.callbacks import EventFiles, MarkCheckpoints, Progress
 from trt_kd.training.checkpointing import newest_complete
 from trt_kd.training.crossing import CrossTrainer
@@ -34,7 +36,6 @@ from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
 from trt_kd.training.trainer import (
-    Blocks,
     CachedTrainer,
     DistillTrainer,
     ObjectiveAt,
@@ -102,7 +103,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
-        trainer.rollout = _rollout(student, run)
+        _equip(trainer, student, teacher, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -153,14 +154,26 @@ def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
     return teacher.model if isinstance(teacher, Translated) else teacher
 
 
-def _rollout(student: PreTrainedModel, run: Run) -> Rollout | None:
+def _equip(trainer: Any, student: PreTrainedModel, teacher: "Targets | None", run: Run) -> None:
+    """Give the trainer what steps may have beside the plain objective."""
+    trainer.rollout = _rollout(student, teacher, run)
+    trainer.balancer = balancer_of(run.schedule)
+    trainer.exits = run.schedule.exits
+
+
+def _rollout(student: PreTrainedModel, teacher: "Targets | None", run: Run) -> Rollout | None:
     """What lets the student write, where the run wants it."""
     schedule = run.schedule
     if schedule.on_policy is None:
         return None
     eos: Any = load_tokenizer(run.tokenizer).eos_token_id if run.tokenizer else None
-    ends, rank = ends_of(student, eos), run.processes.rank
-    return Rollout(schedule.on_policy, schedule.seed, ends, schedule.precision, rank)
+    ends = ends_of(student, eos)
+    models = teacher.models if isinstance(teacher, Mixture) else [teacher]
+    readers = [model for model in models if isinstance(model, PreTrainedModel)]
+    known = min((model.config.vocab_size for model in readers), default=None)
+    return Rollout(
+        schedule.on_policy, schedule.seed, ends, schedule.precision, run.processes, known
+    )
 
 
 def training_arguments(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,7 +42,8 @@ def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> It
             for module in layers[layer].modules()
         }
         if watched:
-            stack.enter_context(_attention(model, watched, seen))
+            together = {layer for layer, what in wanted if what == "attention"}
+            stack.enter_context(_attention(model, watched, together, seen))
         yield seen
 
 
@@ -53,7 +55,9 @@ def _keep_states(seen: Seen, layer: int) -> Callable[[nn.Module, Any, Any], None
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, watched: dict[int, int], seen: Seen) -> Iterator[None]:
+def _attention(
+    model: PreTrainedModel, watched: dict[int, int], together: set[int], seen: Seen
+) -> Iterator[None]:
     """Put a function that keeps its arguments before the one that computes attention."""
     table: Any = ALL_ATTENTION_FUNCTIONS
     name = model.config._attn_implementation
@@ -72,6 +76,9 @@ def _attention(model: PreTrainedModel, watched: dict[int, int], seen: Seen) -> I
         if layer is not None:
             for what, heads_BHLD in (("queries", query), ("keys", key), ("values", value)):
                 seen[layer, what] = heads_BHLD.transpose(1, 2).flatten(2)  # type: ignore[index]
+            if layer in together:
+                scale = more.get("scaling") or query.shape[-1] ** -0.5
+                seen[layer, "attention"] = _together(scale * query, key, value)
         return plain(module, query, key, value, *rest, **more)
 
     own = dict(table._local_mapping)
@@ -81,3 +88,13 @@ def _attention(model: PreTrainedModel, watched: dict[int, int], seen: Seen) -> I
     finally:
         table._local_mapping.clear()
         table._local_mapping.update(own)
+
+
+def _together(queries_BHLD: Tensor, keys_BHLD: Tensor, values_BHLD: Tensor) -> Tensor:
+    """All three side by side, ``[B, L, 3 H D]``; heads that queries share are repeated."""
+    heads = queries_BHLD.shape[1]
+    wide = [
+        part.repeat_interleave(heads // part.shape[1], 1)
+        for part in (queries_BHLD, keys_BHLD, values_BHLD)
+    ]
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in wide], -1)

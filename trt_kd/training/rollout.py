@@ -1,21 +1,24 @@
 """The student continues prompts, and what it wrote becomes the batch that a step learns from.
 
-Shape suffixes: B sequences, P tokens of a prompt, N new tokens, L = P + N.
+Shape suffixes: B sequences, P tokens of a prompt, N new tokens, L = P + N, S tokens so far, V
+vocabulary.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
 from modelopt.torch.distill.plugins.huggingface import IGNORE_INDEX
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from trt_kd.teachers.base import Precision
 from trt_kd.teachers.writer import Choice, settings_of
-from trt_kd.training.on_policy import OnPolicy
+from trt_kd.training.distributed import Processes
+from trt_kd.training.on_policy import OnPolicy, PolicyGradient
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,32 @@ class Rollout:
     """Tokens that end a text; without one every continuation is of full length."""
     precision: Precision
     """Of the matrix products."""
-    process: int = 0
-    """Number of this process: each writes its own."""
+    processes: Processes = Processes()  # noqa: RUF009 - frozen
+    """Who writes the step's batches, in turn; the text is the same for any number of them."""
+    known: int | None = None
+    """Tokens that every reader has, from 0 on; those after are padding and never written."""
 
     def draws(self, step: int) -> bool:
         """Whether the student writes what ``step``, counted from 0, learns from."""
         return self.config.draws(step, self.seed)
 
+    def policy(self, step: int) -> PolicyGradient | None:
+        """The policy gradient that ``step`` takes, or None."""
+        return self.config.policy_gradient if self.draws(step) else None
+
+    @property
+    def teacher_mix(self) -> float:
+        """Share of the teacher in what is sampled from."""
+        policy = self.config.policy_gradient
+        return policy.teacher_mix if policy else 0.0
+
     def batch(
-        self, student: PreTrainedModel, batch: dict[str, Tensor], step: int, number: int
+        self,
+        student: PreTrainedModel,
+        batch: dict[str, Tensor],
+        step: int,
+        number: int,
+        teacher: PreTrainedModel | None = None,
     ) -> dict[str, Tensor]:
         """What the student makes of the beginnings of ``batch``.
 
@@ -45,7 +65,8 @@ class Rollout:
             student: whose weights are those of the step; left as it was, and so are generators.
             batch: ``input_ids`` ``[B, ...]`` of at least ``prompt_tokens`` tokens.
             step: counted from 0.
-            number: of the batch in the step.
+            number: of the batch among those that this process has in the step.
+            teacher: where ``teacher_mix`` is not 0, the one that is mixed in.
 
         Returns:
             ``input_ids`` ``[B, L]`` and ``labels``, which are the new tokens up to the one that
@@ -54,16 +75,48 @@ class Rollout:
         config = self.config
         prompts_BP = batch["input_ids"][:, : config.prompt_tokens]
         choice = Choice(config.new_tokens, config.temperature, config.top_p, self.precision)
-        seed = config.seed_of(step, self.seed, number, self.process)
-        with _writing(student, choice, self.ends, seed):
+        part = self.processes
+        seed = config.seed_of(step, self.seed, number * part.count + part.rank)
+        mixed = [] if teacher is None else [TeacherMix(teacher, self.teacher_mix)]
+        with _writing(student, choice, self.ends, seed) as settings:
+            if self.known is not None and self.known < student.config.vocab_size:
+                settings.suppress_tokens = [*range(self.known, student.config.vocab_size)]
             runner: Any = student
             tokens_BL = runner.generate(
-                input_ids=prompts_BP, attention_mask=torch.ones_like(prompts_BP)
+                input_ids=prompts_BP,
+                attention_mask=torch.ones_like(prompts_BP),
+                logits_processor=mixed,
             )
         return {
             "input_ids": tokens_BL,
             "labels": written(tokens_BL, prompts_BP.shape[1], self.ends),
         }
+
+
+class TeacherMix(LogitsProcessor):
+    """Turns the student's scores into those of its mixture with a teacher that reads along."""
+
+    def __init__(self, teacher: PreTrainedModel, share: float) -> None:
+        self.teacher = teacher
+        self.share = share
+        self._cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Log-probabilities ``[B, V]`` of the mixture.
+
+        Args:
+            input_ids: tokens so far ``[B, S]``, one more than at the call before.
+            scores: the student's logits ``[B, V]`` of the next one.
+        """
+        unread_BS = input_ids if self._cache is None else input_ids[:, -1:]
+        read = self.teacher(input_ids=unread_BS, past_key_values=self._cache, use_cache=True)
+        self._cache = read.past_key_values
+        columns = scores.shape[1]
+        log_p = read.logits[:, -1, :columns].to(scores.dtype).log_softmax(-1)
+        never = scores.new_full((len(scores), columns - log_p.shape[1]), -torch.inf)
+        log_p = torch.cat((log_p, never), -1)
+        log_q = scores.log_softmax(-1)
+        return torch.logaddexp(log_p + log(self.share), log_q + log(1 - self.share))
 
 
 def written(tokens_BL: Tensor, prompt: int, ends: list[int]) -> Tensor:
@@ -78,10 +131,8 @@ def written(tokens_BL: Tensor, prompt: int, ends: list[int]) -> Tensor:
 
 
 @contextmanager
-def _writing(
-    student: PreTrainedModel, choice: Choice, ends: list[int], seed: int
-) -> Iterator[None]:
-    """Let ``student`` write with generators of its own; afterwards all is as it was."""
+def _writing(student: PreTrainedModel, choice: Choice, ends: list[int], seed: int) -> Iterator[Any]:
+    """Let ``student`` write with generators and settings of its own; then all is as it was."""
     runner: Any = student
     device = student.device
     settings, training = runner.generation_config, student.training
@@ -92,7 +143,7 @@ def _writing(
     try:
         with torch.random.fork_rng(devices=cuda), torch.no_grad(), bf16:
             torch.manual_seed(seed)
-            yield
+            yield runner.generation_config
     finally:
         runner.generation_config = settings
         student.train(training)

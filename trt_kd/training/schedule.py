@@ -15,7 +15,9 @@ from typing_extensions import Self
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError
 from trt_kd.training.alarms import AlarmName
+from trt_kd.training.balance import Balance
 from trt_kd.training.escalation import Escalation
+from trt_kd.training.exits import Exits
 from trt_kd.training.features import Feature
 from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.on_policy import OnPolicy
@@ -56,6 +58,10 @@ class Schedule(StrictModel):
     """Losses between layers of student and teacher, beside the one between their logits."""
     features_if: Escalation | None = None
     """Let features join later, and only if a gap remains; from the first step if left out."""
+    exits: Exits | None = None
+    """Layers of the student that learn from its own output; none if left out."""
+    balance: Balance | None = None
+    """Weigh the terms by the norms of their gradients; as plain factors if left out."""
     on_policy: OnPolicy | None = None
     """Steps that learn from what the student writes itself; none if left out."""
     stop_on: Annotated[list[AlarmName], Field(exclude=True)] = []
@@ -77,14 +83,16 @@ class Schedule(StrictModel):
         """Passes of one step on each of so many processes.
 
         Raises:
-            ConfigError: if they cannot be shared evenly, there is nothing to shard over, or
-                features, which one process learns, are asked of more.
+            ConfigError: if they cannot be shared evenly, there is nothing to shard over, or what
+                one process learns, features, exits and balance, is asked of more.
         """
-        if self.features and processes > 1:
-            raise ConfigError(
-                f"features are learnt in one process, {processes} were started",
-                hint="start it without a launcher, or leave features out",
-            )
+        alone = {"features": self.features, "exits": self.exits, "balance": self.balance}
+        for name, wanted in alone.items():
+            if wanted and processes > 1:
+                raise ConfigError(
+                    f"{name}: learnt in one process, {processes} were started",
+                    hint=f"start it without a launcher, or leave {name} out",
+                )
         if self.gradient_accumulation % processes:
             raise ConfigError(
                 f"gradient_accumulation {self.gradient_accumulation} cannot be shared by "

@@ -5,63 +5,49 @@ Shape suffixes: B sequences, L positions, T valid tokens, D hidden size, V vocab
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast
 from modelopt.torch.distill.plugins.huggingface import IGNORE_INDEX, KDTrainer
 from modelopt.torch.opt.plugins import ModelOptHFTrainer
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 
 from trt_kd.errors import TrtKdError
+from trt_kd.losses.features.base import Reading
 from trt_kd.teachers.cache import Cache
 from trt_kd.training import packing
 from trt_kd.training.alignment import AlignedHead, aligned
-from trt_kd.training.feature_terms import Both, FeatureTerms
-from trt_kd.training.head import Head, Objective, TeacherRows, head_loss
-from trt_kd.training.heldout import heldout_sums
+from trt_kd.training.balancing import Balancer, gradient_norms, shared_by
+from trt_kd.training.exiting import exit_parts
+from trt_kd.training.exits import Exits
+from trt_kd.training.feature_terms import Both, FeatureTerms, Part
+from trt_kd.training.head import Objective, TeacherRows, head_loss, linear_head
 from trt_kd.training.history import MEASURED
+from trt_kd.training.judging import Rows, judged, logits_of
+from trt_kd.training.measured import Measured
+from trt_kd.training.on_policy import PolicyGradient
+from trt_kd.training.reading import Seen, reading
 from trt_kd.training.rollout import Rollout
 from trt_kd.training.sharding import PortableCheckpoints, gathered
+from trt_kd.training.weights import weight_at
 
 ObjectiveAt = Callable[[int], Objective]
 """The objective of a step, counted from 0."""
 
 
-class Blocks(Dataset[dict[str, Tensor]]):
-    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins."""
-
-    def __init__(self, blocks: NDArray[np.int64], end: int | None = None) -> None:
-        self.blocks = blocks
-        self.end = end
-
-    def __len__(self) -> int:
-        """Count of blocks."""
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Token ids, and the same as labels; nothing predicts the first token, so it has none."""
-        tokens_L = torch.tensor(self.blocks[index])
-        labels_L = tokens_L.clone()
-        labels_L[0] = IGNORE_INDEX
-        if self.end is not None:
-            labels_L[1:][~packing.goes_on(tokens_L, self.end)] = IGNORE_INDEX
-        return {"input_ids": tokens_L, "labels": labels_L}
-
-
-class _ObjectiveTrainer(PortableCheckpoints):
+class _ObjectiveTrainer(Measured, PortableCheckpoints):
     """What both trainers share: order of data, loss, log. Mixed in before a trainer of ModelOpt."""
 
     objective_at: ObjectiveAt
     head_dtype: torch.dtype
     features: FeatureTerms | None = None
     rollout: Rollout | None = None
-    one_vocabulary: bool = True  # else there is no divergence to measure token by token
+    balancer: Balancer | None = None
+    exits: Exits | None = None
     end: int | None
 
     def start(
@@ -89,11 +75,16 @@ class _ObjectiveTrainer(PortableCheckpoints):
         if self.rollout is None or not self.rollout.draws(step):
             return batches, count
         student = trainer.accelerator.unwrap_model(trainer.model)
-        made = [self.rollout.batch(student, b, step, number) for number, b in enumerate(batches)]
+        write = partial(self.rollout.batch, student, teacher=self._mixed_in())
+        made = [write(batch, step, number) for number, batch in enumerate(batches)]
         tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in made]).sum()
         rows = sum(len(batch["labels"]) for batch in made) * trainer.accelerator.num_processes
         self._note("generated_tokens", tokens / rows)
         return made, trainer._get_num_items_in_batch(made, trainer.args.device)
+
+    def _mixed_in(self) -> Any:
+        """The teacher that the student's text is sampled with, or None."""
+        return None
 
     def _get_lm_head(self, model: Any) -> nn.Module:
         return model.get_output_embeddings()  # type: ignore[no-any-return]
@@ -123,35 +114,61 @@ class _ObjectiveTrainer(PortableCheckpoints):
         objective = self.objective_at(step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
-        with self._reading(step) as both:
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        with (
+            self._reading(step) as both,
+            self._sharing(step) as shared,
+            reading(student, self._leaving(step)) as seen,
+        ):
             hidden_BLD = self._hidden_states(model, tokens_BL)
             runs = objective.response_weight or both is not None
             teacher = self._teacher_rows(tokens_BL, mask_BK) if runs else None
-        student = trainer.accelerator.unwrap_model(trainer.model)
+        policy = self.rollout and self.rollout.policy(step)
 
-        def summed() -> tuple[Tensor, Tensor, Tensor]:
+        def head_of(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+            head, labels_T = linear_head(student), labels_BK[mask_BK]
+            hidden_TD, beside = hidden_BLD[:, :-1][mask_BK], teacher
+            if policy:
+                own = logits_of(hidden_TD, head.cast(self.head_dtype))
+                beside = self._judged(policy, own, teacher, labels_T, mask_BK)
             return head_loss(
                 objective,
-                hidden_BLD[:, :-1][mask_BK],
-                linear_head(student),
-                labels_BK[mask_BK],
-                teacher=teacher if objective.response_weight else None,
+                hidden_TD,
+                head,
+                labels_T,
+                teacher=beside if objective.response_weight else None,
                 dtype=self.head_dtype,
             )
 
-        total, task, response = trainer._sharded_liger_compute(summed)
+        def summed(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+            return trainer._sharded_liger_compute(lambda: head_of(objective))  # type: ignore[no-any-return]
+
+        parts = self._parts(both, (seen, hidden_BLD), mask_BK)
+        if self.balancer is not None:
+            objective, parts = self._balanced(objective, parts, summed, (shared or [hidden_BLD])[0])
+        total, task, response = summed(objective)
         count = mask_BK.sum() if num_items_in_batch is None else num_items_in_batch
         for name, value in self._token_sums.items():
             self._note(name, value / count)
         self._token_sums = {}
-        if both is not None:
-            total = self._with_features(total, both, mask_BK, count)
+        if parts or self._alone():
+            total = self._with_parts(total, parts, count)
         self._note("loss", total.detach() / count)
         if objective.task_weight:
             self._note("task_nats_per_token", task / count)
         if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _judged(
+        self, policy: PolicyGradient, student: Rows, teacher: Any, labels_T: Tensor, mask_BK: Tensor
+    ) -> Callable[[slice], TeacherRows]:
+        """The teacher's rows with what became of the text; what they note is noted once."""
+        with self._unnoted():
+            rows, weights_T = judged(policy, student, teacher, labels_T, mask_BK)
+        if policy.teacher_mix:
+            self._add("importance_weight", weights_T.sum())
+        return rows
 
     def _hidden_states(self, model: nn.Module, tokens_BL: Tensor) -> Tensor:
         """The student's last hidden states ``[B, L, D]``."""
@@ -174,17 +191,85 @@ class _ObjectiveTrainer(PortableCheckpoints):
         student = trainer.accelerator.unwrap_model(trainer.model)
         return self.features.reading(student, trainer._get_unwrapped_teacher(), step)
 
-    def _with_features(
-        self, total: Tensor, both: Both, mask_BK: Tensor, count: Tensor | int
-    ) -> Tensor:
-        """Add the features to the sum over the tokens, or let them take its place."""
+    def _leaving(self, step: int) -> list[tuple[int, Reading]]:
+        """Layers whose states are read for the exits of ``step``."""
+        if self.exits is None or self._alone() or not self._exit_weight(step):
+            return []
+        return [(layer, "states") for layer in self.exits.layers]
+
+    def _exit_weight(self, step: int) -> float:
         trainer: Any = self
-        features: Any = self.features
-        step = trainer.state.global_step
-        weighted, sums = features.sums(both, mask_BK, step)
-        for name, value in sums.items():
-            self._note(name, value / count)
-        return total * (0.0 if features.alone(step) else 1.0) + weighted  # type: ignore[no-any-return]
+        return weight_at(trainer.exits.weight, step, trainer.state.max_steps)
+
+    def _parts(
+        self, both: Both | None, states: tuple[Seen, Tensor], mask_BK: Tensor
+    ) -> dict[str, Part]:
+        """Terms of this step beside task and response: features, then exits."""
+        trainer: Any = self
+        step, student = trainer.state.global_step, trainer.accelerator.unwrap_model(trainer.model)
+        parts = self.features.parts(both, mask_BK, step) if self.features and both else {}
+        if self._leaving(step):
+            weight, dtype = self._exit_weight(step), self.head_dtype
+            with self._precision():
+                parts |= exit_parts(
+                    trainer.exits, student, states, mask_BK, weight=weight, dtype=dtype
+                )
+        return parts
+
+    def _with_parts(self, total: Tensor, parts: dict[str, Part], count: Tensor | int) -> Tensor:
+        """Add features and exits to the sum over the tokens, or let features take its place."""
+        for name, part in parts.items():
+            self._note(name, part.value.detach() / count)
+        weighted = sum(part.weight * part.value for part in parts.values())
+        return total * (0.0 if self._alone() else 1.0) + weighted
+
+    def _alone(self) -> bool:
+        """Whether nothing but features is learnt at this step."""
+        trainer: Any = self
+        return self.features is not None and self.features.alone(trainer.state.global_step)
+
+    def _sharing(self, step: int) -> AbstractContextManager[list[Tensor]]:
+        """Keep what the terms of ``step`` share below the last hidden states."""
+        trainer: Any = self
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        if self.balancer is None:
+            return shared_by(student, None)
+        places = [layer + 1 for layer, _ in self._leaving(step)]
+        lowest = self.features.lowest(step) if self.features is not None else None
+        places += [] if lowest is None else [lowest]
+        return shared_by(student, min(places, default=None))
+
+    def _balanced(
+        self,
+        objective: Objective,
+        parts: dict[str, Part],
+        summed: Callable[[Objective], tuple[Tensor, Tensor, Tensor]],
+        shared_BLD: Tensor,
+    ) -> tuple[Objective, dict[str, Part]]:
+        """The same terms with weights for which the norms are as the weights ask."""
+        trainer, balancer = cast("Any", self), cast("Balancer", self.balancer)
+        heads = {"response": objective.response_weight, "task": objective.task_weight}
+        asked = {} if self._alone() else {name: w for name, w in heads.items() if w}
+        asked |= {name: part.weight for name, part in parts.items() if part.weight}
+        if balancer.due(trainer.state.global_step, asked, trainer.state.log_history):
+            bare = {
+                "response": objective.weighed(task=0.0, response=1.0),
+                "task": objective.weighed(task=1.0, response=0.0),
+            }
+            with self._unnoted():
+                values = {name: summed(one)[0] for name, one in bare.items() if name in asked}
+            values |= {name: part.value for name, part in parts.items() if name in asked}
+            balancer.take(gradient_norms(values, shared_BLD))
+        found = heads | balancer.weights(asked)
+        parts = {name: part._replace(weight=found.get(name, 0.0)) for name, part in parts.items()}
+        return objective.weighed(task=found["task"], response=found["response"]), parts
+
+    @contextmanager
+    def _unnoted(self) -> Iterator[None]:
+        """Leave the sums over tokens as they are: a pass before the one that is noted."""
+        noted = dict(self._token_sums)
+        yield
+        self._token_sums = noted
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         """The student's optimizer, with the projectors in a group without weight decay."""
@@ -203,60 +288,6 @@ class _ObjectiveTrainer(PortableCheckpoints):
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    @torch.no_grad()
-    def measure(self, blocks: NDArray[np.int64], batch_size: int) -> dict[str, float]:
-        """Task loss and entropy of the student on ``blocks`` ``[N, L]``, in nats per token.
-
-        With a teacher also the divergence from it and the share of tokens at which both find the
-        same token likeliest. The teacher runs once: give the same blocks every time. Of several
-        processes each makes the same call.
-        """
-        trainer: Any = self
-        model = trainer.model_wrapped
-        sums, count, training = torch.zeros(4, dtype=torch.float64), 0, model.training
-        model.eval()
-        for number, start in enumerate(range(0, len(blocks), batch_size)):
-            tokens_BL = torch.from_numpy(blocks[start : start + batch_size]).to(trainer.args.device)
-            mask_BK = packing.goes_on(tokens_BL, self.end)
-            hidden_TD = self._hidden_states(model, tokens_BL)[:, :-1][mask_BK]
-            if number == len(self._heldout_rows):
-                beside = self._teacher_rows(tokens_BL, mask_BK) if self.one_vocabulary else None
-                self._heldout_rows.append(beside)
-            labels_T = tokens_BL[:, 1:][mask_BK]
-            sums += self._heldout_sums(hidden_TD, labels_T, self._heldout_rows[number]).cpu()
-            count += len(labels_T)
-        self._token_sums = {}  # training logs its own
-        model.train(training)
-        task, entropy, divergence, agreement = (sums / count).tolist()
-        found = {
-            "heldout_task_nats_per_token": task,
-            "heldout_entropy_nats_per_token": entropy,
-        }
-        if self._heldout_rows[0] is not None:
-            found["heldout_kl_nats_per_token"] = divergence
-            found["heldout_top1_agreement"] = agreement
-        return found
-
-    def _heldout_sums(
-        self,
-        hidden_TD: Tensor,
-        labels_T: Tensor,
-        teacher: Callable[[slice], TeacherRows] | None,
-    ) -> Tensor:
-        trainer: Any = self
-        student = trainer.accelerator.unwrap_model(trainer.model)
-
-        def summed() -> Tensor:
-            head = linear_head(student).cast(self.head_dtype)
-            return heldout_sums(hidden_TD, head, labels_T, teacher)
-
-        return trainer._sharded_liger_compute(summed)  # type: ignore[no-any-return]
-
-    def agreed(self, values: dict[str, float]) -> dict[str, float]:
-        """The values of process 0, so that what follows from them is the same everywhere."""
-        told = torch.tensor(list(values.values()), dtype=torch.float64)
-        return dict(zip(values, broadcast(told).tolist(), strict=True))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's terms, unrounded, its weights and its duration.
 
@@ -272,6 +303,7 @@ class _ObjectiveTrainer(PortableCheckpoints):
             for term in ("task", "response"):
                 if f"{term}_nats_per_token" in logs:
                     logs[f"{term}_weight"] = getattr(objective, f"{term}_weight")
+            logs |= self.balancer.logged() if self.balancer else {}
             now = time.monotonic()
             logs["seconds"], self._mark = now - self._mark, now
         self._check(logs, trainer.state.global_step)
@@ -298,6 +330,13 @@ class DistillTrainer(_ObjectiveTrainer, KDTrainer):  # type: ignore[misc]
     """Trains on the objective with a teacher that runs beside the student."""
 
     _teacher_head: AlignedHead | None = None
+
+    def _mixed_in(self) -> Any:
+        """See the base class."""
+        if self.rollout is None or not self.rollout.teacher_mix:
+            return None
+        self._ensure_teacher_prepared()
+        return self._get_unwrapped_teacher()
 
     def _prepare_model(self, model: nn.Module) -> nn.Module:
         """Place the teacher; where processes hold it whole there are no gradients to average."""
@@ -352,9 +391,3 @@ class CachedTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
 
 class TaskTrainer(_ObjectiveTrainer, ModelOptHFTrainer):  # type: ignore[misc]
     """Trains on hard labels alone; there is no teacher and none is run."""
-
-
-def linear_head(model: Any) -> Head:
-    """The model's output head."""
-    head = model.get_output_embeddings()
-    return Head(head.weight, getattr(head, "bias", None))

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     Pair: TypeAlias = tuple[Tensor, Tensor]
 
-Reading = Literal["states", "queries", "keys", "values"]
-"""Outputs of a layer, or what its attention is given: heads side by side, rotated if they are."""
+Reading = Literal["states", "queries", "keys", "values", "attention"]
+"""Outputs of a layer, or what its attention is given: heads side by side, rotated if they are.
+``attention`` is all three side by side: queries scaled, keys and values repeated for each query."""
 
 Normalisation = Literal["none", "standardise", "batch", "whiten"]
 """What is done to features before they are compared; see ``normalising.py``."""
@@ -37,6 +38,11 @@ class FeatureLoss(Plugin, ABC):
     def reads(self) -> tuple[Reading, ...]:
         """What of a layer is compared; the loss is called for each and summed."""
         return ("states",)
+
+    @property
+    def attention_heads(self) -> int | None:
+        """Heads that the attention of both models must have; None where any will do."""
+        return None
 
     @property
     def memory_rows(self) -> int:

@@ -121,7 +121,24 @@ def relation_divergence(
     student_ND: Tensor, teacher_ND: Tensor, heads: int, *, causal: bool
 ) -> Tensor:
     """Mean over heads and tokens of the KL between the relations of both sides."""
-    log_q_ANN, log_p_ANN = (_relations(x, heads, causal) for x in (student_ND, teacher_ND))
+    return _divergence(*(_relations(x, heads, causal) for x in (student_ND, teacher_ND)))
+
+
+def attention_divergence(student_ND: Tensor, teacher_ND: Tensor, heads: int) -> Tensor:
+    """The same of causal attention itself and of the relation of values, added.
+
+    Features are scaled queries, keys and values side by side, each of ``heads`` heads.
+    """
+    student, teacher = (x.chunk(3, dim=-1) for x in (student_ND, teacher_ND))
+    log_q_ANN, log_p_ANN = (
+        _distributions(_heads(queries, heads), _heads(keys, heads), causal=True)
+        for queries, keys, _ in (student, teacher)
+    )
+    values = relation_divergence(student[2], teacher[2], heads, causal=True)
+    return _divergence(log_q_ANN, log_p_ANN) + values
+
+
+def _divergence(log_q_ANN: Tensor, log_p_ANN: Tensor) -> Tensor:
     # A token that may not be seen has probability 0 on both sides: it adds nothing.
     gap_ANN = torch.where(log_p_ANN.isfinite(), log_p_ANN - log_q_ANN, 0.0)
     return (log_p_ANN.exp() * gap_ANN).sum(-1).mean()
@@ -129,10 +146,19 @@ def relation_divergence(
 
 def _relations(features_ND: Tensor, heads: int, causal: bool) -> Tensor:
     """Logarithms ``[A, N, N]`` of what each token attends to among the same kind of vectors."""
-    count, width = features_ND.shape
-    heads_AND = features_ND.reshape(count, heads, width // heads).transpose(0, 1)
-    scores_ANN = heads_AND @ heads_AND.mT / math.sqrt(width // heads)
+    heads_ANd = _heads(features_ND, heads)
+    return _distributions(heads_ANd / math.sqrt(heads_ANd.shape[-1]), heads_ANd, causal)
+
+
+def _heads(features_ND: Tensor, heads: int) -> Tensor:
+    """``[A, N, D / A]``."""
+    return features_ND.reshape(len(features_ND), heads, -1).transpose(0, 1)
+
+
+def _distributions(queries_ANd: Tensor, keys_ANd: Tensor, causal: bool) -> Tensor:
+    """Logarithms ``[A, N, N]`` of what the queries attend to among the keys."""
+    scores_ANN = queries_ANd @ keys_ANd.mT
     if causal:
-        later = torch.ones(count, count, dtype=torch.bool, device=features_ND.device).triu(1)
+        later = torch.ones_like(scores_ANN[0], dtype=torch.bool).triu(1)
         scores_ANN = scores_ANN.masked_fill(later, -torch.inf)
     return scores_ANN.log_softmax(-1)

@@ -103,10 +103,8 @@ class MiniLM(SequenceLoss):
     r"""KL between self-attention relations: what queries, keys or values attend to among their own.
 
     :math:`\mathrm{softmax}(x x^\top / \sqrt{d})` over all heads side by side, cut anew into
-    ``heads`` relation heads, so that the numbers of heads may differ. All three relations are
-    MiniLM v2; ``relations: [values]`` is the value relation of v1, whose other part, attention
-    itself, needs equal numbers of heads and was given up in v2. Queries and keys are as attention
-    takes them: normalized and rotated where the model does so.
+    ``heads`` relation heads, so that the numbers of heads may differ: MiniLM v2. Queries and keys
+    are as attention takes them: normalized and rotated where the model does so.
     """
 
     kind: Literal["minilm"] = "minilm"
@@ -138,3 +136,40 @@ class MiniLM(SequenceLoss):
         from trt_kd.losses.features.maths import relation_divergence
 
         return relation_divergence(student_ND, teacher_ND, self.heads, causal=self.causal)
+
+
+class MiniLMv1(SequenceLoss):
+    r"""KL between the attention of both models, plus KL between the relations of their values.
+
+    Attention is :math:`\mathrm{softmax}(q k^\top)` with the model's own scale, head by head: both
+    models need the same number of heads, widths may differ. It is causal; a window or a cap on its
+    scores is not read.
+    """
+
+    kind: Literal["minilm_v1"] = "minilm_v1"
+    """Name in the registry."""
+    heads: PositiveInt = 8
+    """Attention heads of both models."""
+
+    @property
+    def reads(self) -> tuple[Reading, ...]:
+        """See the base class."""
+        return ("attention",)
+
+    @property
+    def attention_heads(self) -> int | None:
+        """See the base class."""
+        return self.heads
+
+    def problem(self, student_width: int, teacher_width: int) -> str | None:
+        """See the base class."""
+        for width in (student_width, teacher_width):
+            if width % (3 * self.heads):
+                return f"minilm_v1's {self.heads} heads do not divide the width {width // 3}"
+        return None
+
+    def sequence(self, student_ND: "Tensor", teacher_ND: "Tensor") -> "Tensor":
+        """See the base class."""
+        from trt_kd.losses.features.maths import attention_divergence
+
+        return attention_divergence(student_ND, teacher_ND, self.heads)

@@ -1,0 +1,34 @@
+"""The text of a run as a dataset.
+
+Shape suffixes: L positions.
+"""
+
+import numpy as np
+import torch
+from modelopt.torch.distill.plugins.huggingface import IGNORE_INDEX
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from trt_kd.training import packing
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins."""
+
+    def __init__(self, blocks: NDArray[np.int64], end: int | None = None) -> None:
+        self.blocks = blocks
+        self.end = end
+
+    def __len__(self) -> int:
+        """Count of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Token ids, and the same as labels; nothing predicts the first token, so it has none."""
+        tokens_L = torch.tensor(self.blocks[index])
+        labels_L = tokens_L.clone()
+        labels_L[0] = IGNORE_INDEX
+        if self.end is not None:
+            labels_L[1:][~packing.goes_on(tokens_L, self.end)] = IGNORE_INDEX
+        return {"input_ids": tokens_L, "labels": labels_L}
