@@ -127,13 +127,15 @@ def test_an_unknown_key_of_an_option_file_is_seen():
     assert file_problems({"enable_chunked_prefill": 1}, OPTIONS["1.3"])
 
 
+@pytest.mark.parametrize("cache", [None, "FP8"])
 @pytest.mark.parametrize("algorithm", [None, "FP8", "W8A8_SQ_PER_CHANNEL"])
 @pytest.mark.parametrize(
     "workload", [Workload(1, 128, 32), Workload(64, 1024, 1024), Workload(2048, 1, 1)]
 )
 @pytest.mark.parametrize("world", [1, 6])
-def test_every_build_is_one_that_1_2_takes(algorithm, workload, world):
-    config = {"quantization": {"quant_algo": algorithm}, "mapping": {"world_size": world}}
+def test_every_build_is_one_that_1_2_takes(algorithm, cache, workload, world):
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+    config = {"quantization": quantization, "mapping": {"world_size": world}}
     options = build_options(config, workload)
     argv = build_command(["trtllm-build"], Path("/a/ckpt"), Path("/a/engine"), options)
     assert line_problems(argv, "1.2.1") == []
@@ -141,7 +143,11 @@ def test_every_build_is_one_that_1_2_takes(algorithm, workload, world):
     value = dict(itertools.pairwise(argv))
     assert int(value["--max_num_tokens"]) >= workload.input_tokens
     assert int(value["--max_seq_len"]) == workload.input_tokens + workload.output_tokens
-    assert value["--use_fp8_context_fmha"] == ("enable" if algorithm == "FP8" else "disable")
+    # tensorrt_llm/builder.py of 1.2: in FP8 only with both, an FP8 cache in pages only in FP8
+    in_fp8 = algorithm == cache == "FP8"
+    assert value["--use_fp8_context_fmha"] == ("enable" if in_fp8 else "disable")
+    in_pages = cache is None or in_fp8
+    assert value["--use_paged_context_fmha"] == ("enable" if in_pages else "disable")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

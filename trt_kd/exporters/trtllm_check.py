@@ -45,9 +45,9 @@ def problems(
 ) -> list[str]:
     """What speaks against ``out`` being ``source`` as ``promised``; empty if nothing does.
 
-    ``promised`` holds dtype, quant_algo, tp_size and pp_size. Weights that are not quantized must
-    be the source's in that dtype; the others within ``weight_error_limit``, in relative Frobenius
-    norm, smoothing applied to both.
+    ``promised`` holds dtype, quant_algo, kv_cache_quant_algo, tp_size and pp_size. Weights that are
+    not quantized must be the source's in that dtype; the others within ``weight_error_limit``, in
+    relative Frobenius norm, smoothing applied to both.
     """
     try:
         with ExitStack() as stack:
@@ -87,6 +87,7 @@ def _promise_problems(layout: Layout, promised: Mapping[str, Any]) -> list[str]:
     found = {
         "dtype": layout["dtype"],
         "quant_algo": layout.algorithm,
+        "kv_cache_quant_algo": layout["quantization"]["kv_cache_quant_algo"],
         "tp_size": layout.tp,
         "pp_size": layout.pp,
     }

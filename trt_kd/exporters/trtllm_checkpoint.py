@@ -87,8 +87,7 @@ class TrtllmCheckpoint(Exporter):
         shape = read_shape(source.path)
         algorithm = kv_cache = None
         if source.manifest.kind == "quantized":
-            algorithm = ALGORITHMS[_format_kind(source)]
-            kv_cache = "FP8" if _has_fp8_kv_cache(source) else None
+            algorithm, kv_cache = ALGORITHMS[_format_kind(source)], _cache_algorithm(source)
         quantization: dict[str, Any] = {
             "quant_algo": algorithm,
             "kv_cache_quant_algo": kv_cache,
@@ -139,15 +138,16 @@ class TrtllmCheckpoint(Exporter):
         """See the base class: config, headers, weights, scales and companions."""
         from trt_kd.exporters.trtllm_check import problems
 
-        limit = algorithm = None
+        limit = algorithm = kv_cache = None
         if source.manifest.kind == "quantized":
             from trt_kd.quantization.storage import format_of
 
             limit = format_of(source).weight_error_limit
-            algorithm = ALGORITHMS[_format_kind(source)]
+            algorithm, kv_cache = ALGORITHMS[_format_kind(source)], _cache_algorithm(source)
         promised = {
             "dtype": self.dtype_of(source),
             "quant_algo": algorithm,
+            "kv_cache_quant_algo": kv_cache,
             "tp_size": self.tensor_parallel,
             "pp_size": self.pipeline_parallel,
         }
@@ -181,26 +181,9 @@ def _format_kind(source: Artifact) -> str:
     return str(settings.get("kind")) if isinstance(settings, dict) else str(settings)
 
 
-def _has_fp8_kv_cache(source: Artifact) -> bool:
-    """Whether calibration left FP8 ranges of keys and values.
+def _cache_algorithm(source: Artifact) -> str | None:
+    """TensorRT-LLM's name of the format that the cache was calibrated in."""
+    from trt_kd.exporters.hf_unified_files import CACHE_ALGORITHMS
+    from trt_kd.quantization.storage import format_of
 
-    Raises:
-        ModelError: if it left ranges of another format.
-    """
-    from trt_kd.exporters.hf_unified_files import open_tensors
-    from trt_kd.quantization.storage import QUANTIZERS, format_of
-
-    with open_tensors(source.path, only=QUANTIZERS) as calibrated:
-        if not any(name.endswith("k_bmm_quantizer._amax") for name in calibrated):
-            return False
-    bits = [
-        (entry.get("cfg") or {}).get("num_bits")
-        for entry in format_of(source).modelopt_config()["quant_cfg"]
-        if "bmm_quantizer" in str(entry.get("quantizer_name")) and entry.get("enable", True)
-    ]
-    if not bits or any(found != (4, 3) for found in bits):
-        raise ModelError(
-            f"{source.path}: a key-value cache of {bits} bits is not written",
-            hint="quantize with an FP8 cache or none",
-        )
-    return True
+    return CACHE_ALGORITHMS[format_of(source).kv_cache]

@@ -105,8 +105,11 @@ def load_quantized(directory: Path, *, dtype: str | None = None) -> "PreTrainedM
             f"{directory / QUANTIZERS} cannot be read: {error}", hint="quantize the model again"
         ) from error
     model = load_model(directory, dtype=dtype)
+    quantization = format_of(artifact)
+    settings = quantization.restored_config(told["kept"])
+    settings["quant_cfg"] = [*settings["quant_cfg"], *quantization.cache_settings()]
     with quiet():
-        mtq.quantize(model, format_of(artifact).restored_config(told["kept"]))
+        mtq.quantize(model, settings)
     if dtype is not None:
         target = getattr(torch, dtype)
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in state.items()}
