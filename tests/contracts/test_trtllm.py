@@ -128,7 +128,7 @@ def test_an_unknown_key_of_an_option_file_is_seen():
 
 
 @pytest.mark.parametrize("cache", [None, "FP8"])
-@pytest.mark.parametrize("algorithm", [None, "FP8", "W8A8_SQ_PER_CHANNEL"])
+@pytest.mark.parametrize("algorithm", [None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"])
 @pytest.mark.parametrize(
     "workload", [Workload(1, 128, 32), Workload(64, 1024, 1024), Workload(2048, 1, 1)]
 )
@@ -143,6 +143,7 @@ def test_every_build_is_one_that_1_2_takes(algorithm, cache, workload, world):
     value = dict(itertools.pairwise(argv))
     assert int(value["--max_num_tokens"]) >= workload.input_tokens
     assert int(value["--max_seq_len"]) == workload.input_tokens + workload.output_tokens
+    assert ("--gemm_plugin" in value) == (algorithm in (None, "W4A16_AWQ"))
     # tensorrt_llm/builder.py of 1.2: in FP8 only with both, an FP8 cache in pages only in FP8
     in_fp8 = algorithm == cache == "FP8"
     assert value["--use_fp8_context_fmha"] == ("enable" if in_fp8 else "disable")

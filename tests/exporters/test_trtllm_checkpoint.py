@@ -197,8 +197,8 @@ def test_settings_that_cannot_be_told_are_refused_before_weights_are_read(
 
 
 def test_a_format_that_is_not_written_is_refused(quantized):
-    (problem,) = TrtllmCheckpoint().check_source(quantized("int4_awq"))
-    assert problem.startswith("format int4_awq is not written by trtllm-checkpoint; those that are")
+    (problem,) = TrtllmCheckpoint().check_source(quantized("mixed"))
+    assert problem.startswith("format mixed is not written by trtllm-checkpoint; those that are")
 
 
 def test_config_json_says_what_defaults_would_get_wrong(checkpoint, tmp_path):

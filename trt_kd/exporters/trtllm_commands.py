@@ -48,9 +48,10 @@ class Workload:
 def build_options(config: Mapping[str, Any], workload: Workload) -> list[str]:
     """Options of ``trtllm-build``, but for its folders, chosen from checkpoint and workload.
 
-    16-bit products go to the GEMM plugin, as NVIDIA's tuning guide advises; low-bit ones to
-    TensorRT's own kernels. Prompts that read an FP8 cache do so in FP8, for which the builder wants
-    an FP8 checkpoint; with other formats every prompt is read whole, and no cache is reused.
+    16-bit products, INT4's among them, go to the GEMM plugin, as NVIDIA's tuning guide and examples
+    advise; other low-bit ones to TensorRT's own kernels. Prompts that read an FP8 cache do so in
+    FP8, for which the builder wants an FP8 checkpoint; with other formats every prompt is read
+    whole, and no cache is reused.
     """
     quantization = config["quantization"]
     fp8 = quantization["quant_algo"] == "FP8"
@@ -70,7 +71,7 @@ def build_options(config: Mapping[str, Any], workload: Workload) -> list[str]:
         "--workers": config["mapping"]["world_size"],
         "--log_level": "info",
     }
-    if quantization["quant_algo"] is None:
+    if quantization["quant_algo"] in (None, "W4A16_AWQ"):
         options["--gemm_plugin"] = "auto"
     return [str(part) for item in options.items() for part in item]
 
