@@ -149,7 +149,7 @@ def _problems(where: str, spec: ExportSpec, shape: ModelShape) -> list[str]:
         found = spec.lane.check(shape, "checkpoint")
     else:
         quantization = spec.quantize.format
-        found = quantization.check(shape) + (
+        found = spec.quantize.check(shape) + (
             spec.lane.check(shape, "quantized") or spec.lane.check_format(shape, quantization)
         )
     return [f"{where}: {text}" for text in found]

@@ -265,7 +265,7 @@ def distill(
         work = work_directory(out)
         tokenizer = load_tokenizer(student.path)
         with processes.main_first():
-            text = _text(config, tokenizer)
+            text = text_of(config, tokenizer)
             if processes.main:
                 check_space(out.parent, read_shape(student.path).parameters)
                 keys = {role: artifact.key for role, artifact in inputs.items()}
@@ -363,7 +363,7 @@ def train_in(
     return train(model, targets, text, objective_at=objective_at, run=run)
 
 
-def _text(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
+def text_of(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """All blocks of the run."""
     blocks = token_blocks(
         config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
