@@ -11,6 +11,7 @@ import yaml
 
 from trt_kd.backends.trtllm_container import IMAGE, docker_command
 from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.speculative import speculative_options, trtllm_command
 from trt_kd.exporters.trtllm_commands import (
     OPTIONS_FILE,
     SERVE_FILE,
@@ -166,6 +167,21 @@ def test_every_serving_file_is_one_that_both_versions_take(tmp_path, version, al
         assert int(line[line.index("--max_seq_len") + 1]) <= longest
         names = {word.removeprefix("--") for word in line if word.startswith("--")}
         assert not names & set(options), "which of the two wins changed between versions"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("longest", [32, 2048, 131072])
+def test_a_pair_is_configured_as_its_version_spells_it(version, longest):
+    generation = version[:3]
+    workload = serving_workload(longest)
+    options = speculative_options(generation, workload, 4)
+    assert file_problems(options, OPTIONS[version]) == []
+    other = next(name for name in ("1.2", "1.3") if name != generation)
+    assert file_problems(speculative_options(other, workload, 4), OPTIONS[version]) != []
+    line = trtllm_command(generation, workload)
+    assert line_problems(line, version) == []
+    names = {word.removeprefix("--") for word in line if word.startswith("--")}
+    assert not names & set(options)
 
 
 def test_an_algorithm_without_a_documented_backend_gets_no_command(tmp_path):
