@@ -11,6 +11,7 @@ import yaml
 
 from trt_kd.backends.trtllm_container import IMAGE, docker_command
 from trt_kd.exporters import EXPORTERS
+from trt_kd.exporters.speculative import speculative_options, trtllm_command
 from trt_kd.exporters.trtllm_commands import (
     OPTIONS_FILE,
     SERVE_FILE,
@@ -127,13 +128,15 @@ def test_an_unknown_key_of_an_option_file_is_seen():
     assert file_problems({"enable_chunked_prefill": 1}, OPTIONS["1.3"])
 
 
-@pytest.mark.parametrize("algorithm", [None, "FP8", "W8A8_SQ_PER_CHANNEL"])
+@pytest.mark.parametrize("cache", [None, "FP8"])
+@pytest.mark.parametrize("algorithm", [None, "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"])
 @pytest.mark.parametrize(
     "workload", [Workload(1, 128, 32), Workload(64, 1024, 1024), Workload(2048, 1, 1)]
 )
 @pytest.mark.parametrize("world", [1, 6])
-def test_every_build_is_one_that_1_2_takes(algorithm, workload, world):
-    config = {"quantization": {"quant_algo": algorithm}, "mapping": {"world_size": world}}
+def test_every_build_is_one_that_1_2_takes(algorithm, cache, workload, world):
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+    config = {"quantization": quantization, "mapping": {"world_size": world}}
     options = build_options(config, workload)
     argv = build_command(["trtllm-build"], Path("/a/ckpt"), Path("/a/engine"), options)
     assert line_problems(argv, "1.2.1") == []
@@ -141,7 +144,12 @@ def test_every_build_is_one_that_1_2_takes(algorithm, workload, world):
     value = dict(itertools.pairwise(argv))
     assert int(value["--max_num_tokens"]) >= workload.input_tokens
     assert int(value["--max_seq_len"]) == workload.input_tokens + workload.output_tokens
-    assert value["--use_fp8_context_fmha"] == ("enable" if algorithm == "FP8" else "disable")
+    assert ("--gemm_plugin" in value) == (algorithm in (None, "W4A16_AWQ"))
+    # tensorrt_llm/builder.py of 1.2: in FP8 only with both, an FP8 cache in pages only in FP8
+    in_fp8 = algorithm == cache == "FP8"
+    assert value["--use_fp8_context_fmha"] == ("enable" if in_fp8 else "disable")
+    in_pages = cache is None or in_fp8
+    assert value["--use_paged_context_fmha"] == ("enable" if in_pages else "disable")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -159,6 +167,21 @@ def test_every_serving_file_is_one_that_both_versions_take(tmp_path, version, al
         assert int(line[line.index("--max_seq_len") + 1]) <= longest
         names = {word.removeprefix("--") for word in line if word.startswith("--")}
         assert not names & set(options), "which of the two wins changed between versions"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("longest", [32, 2048, 131072])
+def test_a_pair_is_configured_as_its_version_spells_it(version, longest):
+    generation = version[:3]
+    workload = serving_workload(longest)
+    options = speculative_options(generation, workload, 4)
+    assert file_problems(options, OPTIONS[version]) == []
+    other = next(name for name in ("1.2", "1.3") if name != generation)
+    assert file_problems(speculative_options(other, workload, 4), OPTIONS[version]) != []
+    line = trtllm_command(generation, workload)
+    assert line_problems(line, version) == []
+    names = {word.removeprefix("--") for word in line if word.startswith("--")}
+    assert not names & set(options)
 
 
 def test_an_algorithm_without_a_documented_backend_gets_no_command(tmp_path):

@@ -13,6 +13,9 @@ CALIBRATED = {
     "int8_smoothquant": "int8_smoothquant",
     "int8": "int8",
     "int4_awq": {"kind": "int4_awq", "block_size": 64},
+    "fp8 with cache": {"kind": "fp8", "kv_cache": "fp8"},
+    "int8_smoothquant with cache": {"kind": "int8_smoothquant", "kv_cache": "fp8"},
+    "int4_awq with cache": {"kind": "int4_awq", "block_size": 64, "kv_cache": "fp8"},
     "fp8_cache": {"kind": "recipe", "name": "fp8_default-kv_fp8"},
     "mixed": {
         "kind": "mixed",

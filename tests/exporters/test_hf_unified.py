@@ -24,7 +24,10 @@ ALGORITHMS = {
     "int4_awq": "W4A16_AWQ",
     "fp8_cache": "FP8",
     "mixed": "MIXED_PRECISION",
+    "int8_smoothquant with cache": "W8A8_SQ_PER_CHANNEL",
+    "int4_awq with cache": "W4A16_AWQ",
 }
+CACHED = ("fp8_cache", "fp8 with cache", "int8_smoothquant with cache", "int4_awq with cache")
 
 
 @pytest.fixture(scope="session", params=list(ALGORITHMS))
@@ -34,7 +37,8 @@ def made(request, quantized, tmp_path_factory):
     out.mkdir()
     source = quantized(request.param)
     metrics = LANE.export(source, out)
-    assert metrics == {"quant_algo": ALGORITHMS[request.param]}
+    cache = "FP8" if request.param in CACHED else None
+    assert metrics == {"quant_algo": ALGORITHMS[request.param], "kv_cache_quant_algo": cache}
     return request.param, source, out
 
 
@@ -108,7 +112,8 @@ def test_no_path_of_this_machine_is_in_the_export(made):
 
 
 def test_a_checkpoint_is_copied_and_reads_back_the_same(teacher, blocks, tmp_path):
-    assert LANE.export(teacher, tmp_path) == {"quant_algo": None}
+    told = LANE.export(teacher, tmp_path)
+    assert told == {"quant_algo": None, "kv_cache_quant_algo": None}
     difference = verify(LANE, teacher, tmp_path, blocks, source_logits(teacher, blocks))
     assert difference.kl_nats < 1e-9
     assert difference.top1_agreement == 1.0
@@ -314,14 +319,58 @@ CACHE_FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_cache(quantized, tmp_path_factory):
+    """Exports without fault that tell of an FP8 cache, by format; do not write into them."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = quantized(name), tmp_path_factory.mktemp("cache")
+            LANE.export(*made[name])
+            assert LANE.problems(*made[name]) == []
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("fault", CACHE_FAULTS)
-def test_a_planted_fault_of_the_cache_is_seen(quantized, tmp_path, fault):
-    source, out = quantized("fp8_cache"), tmp_path / "cache"
-    out.mkdir()
-    LANE.export(source, out)
-    assert LANE.problems(source, out) == []
+def test_a_planted_fault_of_the_cache_is_seen(with_cache, tmp_path, name, fault):
+    source, good = with_cache(name)
+    out = Path(shutil.copytree(good, tmp_path / "cache"))
     CACHE_FAULTS[fault](out)
     assert LANE.problems(source, out) != []
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_both_descriptions_tell_of_the_cache_as_runtimes_read_it(with_cache, name):
+    _, out = with_cache(name)
+    inline = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert inline["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    separate = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert separate["kv_cache_quant_algo"] == "FP8"
+    tensors = load_file(out / "model.safetensors")
+    for layer in range(4):
+        for part in "kv":
+            scale = tensors[f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale"]
+            assert scale.dtype == torch.float32
+            assert scale.numel() == 1
+
+
+def test_a_cache_that_nobody_asked_for_is_seen(fp8):
+    source, out = fp8
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    for name, section, told in (
+        ("config.json", "quantization_config", {"kv_cache_scheme": scheme}),
+        ("hf_quant_config.json", "quantization", {"kv_cache_quant_algo": "FP8"}),
+    ):
+        settings = json.loads((out / name).read_text())
+        settings[section] |= told
+        (out / name).write_text(json.dumps(settings))
+    assert LANE.problems(source, out) == [
+        "the key-value cache is said to be in FP8, asked for was None"
+    ]
 
 
 def test_an_input_scale_too_small_shows_in_the_logits_alone(fp8, blocks):

@@ -197,8 +197,8 @@ def test_settings_that_cannot_be_told_are_refused_before_weights_are_read(
 
 
 def test_a_format_that_is_not_written_is_refused(quantized):
-    (problem,) = TrtllmCheckpoint().check_source(quantized("int4_awq"))
-    assert problem.startswith("format int4_awq is not written by trtllm-checkpoint; those that are")
+    (problem,) = TrtllmCheckpoint().check_source(quantized("mixed"))
+    assert problem.startswith("format mixed is not written by trtllm-checkpoint; those that are")
 
 
 def test_config_json_says_what_defaults_would_get_wrong(checkpoint, tmp_path):
@@ -271,13 +271,31 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ["fp8 with cache", "int8_smoothquant with cache"])
+def test_a_cache_in_fp8_has_one_scale_the_larger_of_keys_and_values(quantized, tmp_path, name):
+    from trt_kd.quantization.storage import QUANTIZERS
+
+    source = quantized(name)
+    metrics = TrtllmCheckpoint(tensor_parallel=2).export(source, tmp_path)
+    assert metrics["kv_cache_quant_algo"] == "FP8"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization"]["kv_cache_quant_algo"] == "FP8"
+    seen = load_file(source.path / QUANTIZERS)
+    written = load_file(tmp_path / "rank1.safetensors")
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.self_attn"
+        largest = max(seen[f"{prefix}.{part}_bmm_quantizer._amax"].item() for part in "kv")
+        scale = written[f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"]
+        assert scale.item() == pytest.approx(largest / 448, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "fp8 with cache"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_low_bits_read_back_within_the_limit(quantized, blocks, tmp_path, name, tp, pp):
     source = quantized(name)
     lane = TrtllmCheckpoint(tensor_parallel=tp, pipeline_parallel=pp)
     metrics = lane.export(source, tmp_path)
-    assert metrics["quant_algo"] == ALGORITHMS[name]
+    assert metrics["quant_algo"] == ALGORITHMS[name.split()[0]]
     assert metrics["realised_low_bit_share"] > 0.5
     difference = verify(lane, source, tmp_path, blocks, source_logits(source, blocks))
     assert difference.kl_nats < lane.kl_limit_nats(source)

@@ -182,7 +182,20 @@ INT8_ONLY = {
     ),
     "smoothing missing": tensors(lambda t: t.pop(f"{PROJ}.prequant_scaling_factor")),
 }
+CACHE = f"{LAYER}.attention.kv_cache_scaling_factor"
+CACHE_ONLY = {
+    "scale of the cache": every_rank(CACHE, 1.1),
+    "scale of the cache on one rank": scaled(CACHE, 1.1, rank=1),
+    "scale of the cache is zero": every_rank(CACHE, 0.0),
+    "scale of the cache missing": tensors(lambda t: t.pop(CACHE)),
+    "misshapen scale of the cache": tensors(lambda t: t.update({CACHE: torch.ones(2)})),
+    "no cache": setting("quantization", "kv_cache_quant_algo", value=None),
+    "another cache": setting("quantization", "kv_cache_quant_algo", value="INT8"),
+    "no word of the cache": without("quantization", "kv_cache_quant_algo"),
+}
 FAULTS = {
+    "fp8 with cache": CACHE_ONLY,
+    "int8_smoothquant with cache": CACHE_ONLY,
     "fp8": SETTINGS | TENSORS | FP8_ONLY,
     "int8_smoothquant": {"rotary base": SETTINGS["rotary base"], **INT8_ONLY, **TENSORS},
 }
@@ -235,49 +248,3 @@ def test_a_wrong_setting_moves_the_logits_even_where_no_one_compares_settings(
     SETTINGS[fault](spoilt)
     before, after = (logits_of(read_model(folder), blocks) for folder in (out, spoilt))
     assert compare(before, after).max_abs > 1e-5
-
-
-def test_a_cache_in_fp8_has_scales_that_are_compared(teacher, blocks, tmp_path, monkeypatch):
-    from trt_kd.exporters import trtllm_checkpoint as lane
-    from trt_kd.exporters.trtllm_check import problems
-
-    source, out = _with_cache_ranges(teacher, blocks, tmp_path)
-    monkeypatch.setattr(lane, "_has_fp8_kv_cache", lambda _: True)
-    LANE.export(source, out)
-    promised = {"quant_algo": "FP8"}
-    assert problems(source, out, promised, 0.05) == []
-    name = f"{LAYER}.attention.kv_cache_scaling_factor"
-    assert load_file(out / "rank0.safetensors")[name].item() == pytest.approx(4.0 / 448)
-    every_rank(name, 1.1)(out)
-    (problem,) = problems(source, out, promised, 0.05)
-    assert "scale of the key-value cache is 1.1 times" in problem
-
-
-def _with_cache_ranges(teacher, blocks, tmp_path):
-    """An FP8 model of the teacher with ranges of keys and values, and an empty folder."""
-    from trt_kd.artifacts import Artifact, writing
-    from trt_kd.checkpoints import load_model
-    from trt_kd.config import StageConfig, build_plugin
-    from trt_kd.quantization import FORMATS
-    from trt_kd.quantization.calibration import calibrate
-    from trt_kd.quantization.storage import QUANTIZERS, save_quantized
-
-    class Made(StageConfig):
-        stage = "quantize"
-        format: dict
-
-    plugin, model = build_plugin(FORMATS, "fp8"), load_model(teacher.path)
-    calibrate(model, plugin, blocks)
-    with writing(
-        tmp_path / "q", kind="quantized", config=Made(format=plugin.model_dump()), inputs={}
-    ) as draft:
-        save_quantized(model, teacher, draft.path, {})
-        state = load_file(draft.path / QUANTIZERS)
-        for layer in range(4):
-            for part, amax in (("k", 4.0), ("v", 3.0)):
-                name = f"model.layers.{layer}.self_attn.{part}_bmm_quantizer._amax"
-                state[name] = torch.tensor(amax)
-        told = {"state": '{"kept": {}, "static_block_scale": []}'}
-        save_file(state, draft.path / QUANTIZERS, told)
-    (tmp_path / "out").mkdir()
-    return Artifact.open(tmp_path / "q"), tmp_path / "out"

@@ -90,3 +90,25 @@ def test_what_cannot_be_run_here_is_refused_where_it_would_be_measured(tmp_path)
     make_plan(load_recipe(quickstart, [f"export.also.engine={engine}"]), tmp_path)
     with pytest.raises(ModelError, match=r"export\.deploy: tensorrt-rtx is not run here"):
         make_plan(load_recipe(quickstart, [f"export.deploy={engine}"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("{quantize: {format: {kind: mixed}}, lane: trtllm-checkpoint}", "format mixed is not"),
+        (
+            "{quantize: {format: {kind: recipe, name: fp8_default-kv_fp8}}, lane: trtllm-engine}",
+            "format recipe is not",
+        ),
+        (
+            "{quantize: {format: int4_awq}, lane: {kind: trtllm-checkpoint, dtype: float32}}",
+            r"(?s:.*)INT4 codes are multiplied in 16 bits",
+        ),
+    ],
+)
+def test_a_format_that_a_lane_does_not_write_is_refused_before_anything_runs(
+    tmp_path, spec, reason
+):
+    quickstart = WORKFLOWS / "quickstart.yaml"
+    with pytest.raises(ModelError, match=rf"export\.also\.engine: {reason}"):
+        make_plan(load_recipe(quickstart, [f"export.also.engine={spec}"]), tmp_path)

@@ -68,7 +68,7 @@ def test_a_rehearsal_passes_through_every_stage_and_leaves_nothing(
     }
     recipe = load_recipe(recipe_file(settings | {"prune": settings["prune"] | search}))
     rehearse(recipe, tmp_path / "rehearsal")
-    assert set(ran) == set(STAGES) - {"benchmark", "generate", "latency", "sensitivity"}
+    assert set(ran) == set(STAGES) - {"benchmark", "generate", "latency", "pair", "sensitivity"}
     assert not (tmp_path / "rehearsal").exists()
 
 

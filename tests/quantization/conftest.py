@@ -8,10 +8,17 @@ from trt_kd.quantization import FORMATS
 
 AWQ = {"kind": "int4_awq", "block_size": 64}
 MIXED = {"kind": "mixed", "formats": ["fp8", AWQ], "effective_bits": 7.0, "score_tokens": 64}
-CALIBRATED = ["fp8", "int8_smoothquant", "int8", AWQ, MIXED]
+CACHED = {"kind": "int8_smoothquant", "kv_cache": "fp8"}
+CALIBRATED = ["fp8", "int8_smoothquant", "int8", AWQ, MIXED, CACHED]
 
 
-@pytest.fixture(params=CALIBRATED, ids=lambda v: v if isinstance(v, str) else v["kind"])
+def _named(settings):
+    if isinstance(settings, str):
+        return settings
+    return settings["kind"] + " with cache" * ("kv_cache" in settings)
+
+
+@pytest.fixture(params=CALIBRATED, ids=_named)
 def calibrated(request):
     """One format that needs no GPU."""
     return build_plugin(FORMATS, request.param)

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.config import build_plugin
+from trt_kd.config import build_plugin, validate
+from trt_kd.errors import ConfigError
 from trt_kd.quantization import FORMATS
 from trt_kd.quantization.base import QuantizationFormat
+from trt_kd.stages.quantize import QuantizeConfig
 
 SHAPE = ModelShape("llama", 4, 1024, 2048, 8, 4, 128, 512, tied=True)
 
@@ -41,6 +43,24 @@ def test_a_format_brings_a_model_optimizer_configuration_of_its_own(quantization
 def test_a_width_that_no_kernel_takes_is_named(quantization):
     odd = dataclasses.replace(SHAPE, ffn=2043)
     assert any("2043 of down_proj" in problem for problem in quantization.check(odd))
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int8_smoothquant", "int4_awq"])
+def test_an_nvfp4_cache_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=r"CUDA kernels only.*choose fp8"):
+        validate(QuantizeConfig, {"format": {"kind": name, "kv_cache": "nvfp4"}}, where="quantize")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        (REQUIRED["recipe"] | {"kv_cache": "fp8"}, "a recipe says itself what the cache is"),
+        ({"kind": "mixed", "formats": [{"kind": "fp8", "kv_cache": "fp8"}]}, "of mixed itself"),
+    ],
+)
+def test_a_cache_is_told_in_one_place(settings, what):
+    with pytest.raises(ConfigError, match=what):
+        validate(QuantizeConfig, {"format": settings}, where="quantize")
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int8_smoothquant", "int4_awq"])

@@ -51,7 +51,11 @@ def test_options_of_the_format_are_part_of_the_key_and_the_manifest(settings):
     plain = config_of(settings, format="int8_smoothquant")
     other = config_of(settings, format={"kind": "int8_smoothquant", "alpha": 0.25})
     assert plain != other
-    assert other.model_dump()["format"] == {"kind": "int8_smoothquant", "alpha": 0.25}
+    assert other.model_dump()["format"] == {
+        "kind": "int8_smoothquant",
+        "kv_cache": "none",
+        "alpha": 0.25,
+    }
     assert QuantizeConfig.model_validate(other.model_dump()) == other
 
 

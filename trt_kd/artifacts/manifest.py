@@ -20,6 +20,7 @@ Kind = Literal[
     "quantized",
     "sensitivity",
     "export",
+    "pair",
     "evaluation",
     "benchmark",
     "report",

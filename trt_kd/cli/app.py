@@ -54,6 +54,7 @@ STAGE_COMMANDS: list[Callable[..., None]] = [
     single.distill,
     single.quantize,
     single.export,
+    draft.pair,
     single.evaluate,
     single.benchmark,
     single.report,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trt_kd.cli.console import print_json, table
+from trt_kd.cli.single import Config, Out, Settings, run_stage
 
 if TYPE_CHECKING:
     from trt_kd.evaluation.drafting import Drafted
@@ -55,6 +56,26 @@ def draft(
         print_json({"schema_version": 1, "settings": settings_used, **found})
     else:
         _print(found, config.prompts)
+
+
+def pair(
+    settings: Settings = None,
+    *,
+    target: Annotated[Path, typer.Option(help="Its hf-unified export.", show_default=False)],
+    draft: Annotated[Path, typer.Option(help="The draft's.", show_default=False)],
+    out: Out,
+    config: Config = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a draft beside its target. Example: trt-kd pair --target t --draft d --out p.
+
+    How far ahead pays, trt-kd draft says: trt-kd pair ... tokens_ahead=3
+    """
+    made = run_stage("pair", settings, config, out, {"target": target, "draft": draft})
+    if as_json:
+        print_json(made.manifest.model_dump(mode="json"))
+        return
+    print(f"pair {made.key[:12]} in {out}\n\n{(out / 'serve.md').read_text(encoding='utf-8')}")
 
 
 def _summary(texts: "list[Drafted]", ahead: int, cost_ratio: float | None) -> dict[str, Any]:

@@ -172,7 +172,11 @@ def quantize(
     config: Config = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize. Example: trt-kd quantize --source s --out q format=fp8."""
+    """Quantize. Example: trt-kd quantize --source s --out q format=fp8.
+
+    With a cache in FP8: trt-kd quantize --source s --out q 'format={kind: fp8, kv_cache: fp8}'
+    Then train it: trt-kd quantize --source s --out q format=int4_awq train.steps=200
+    """
     _run("quantize", settings, config, out, as_json, {"source": source})
 
 

@@ -29,6 +29,7 @@ STAGES = {
     "distill": Needs((*COMPRESS, "tensorboard")),
     "quantize": Needs(COMPRESS),
     "export": Needs(MODEL),
+    "pair": Needs(("numpy",)),
     "evaluate": Needs((*MODEL, "lm-eval")),
     "benchmark": Needs(("numpy", "psutil")),
     "report": Needs(("jinja2", "matplotlib")),

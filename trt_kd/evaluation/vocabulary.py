@@ -6,6 +6,7 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
+from trt_kd.checkpoints import read_json
 from trt_kd.errors import ModelError
 
 _RUN_TIME = ("padding", "truncation", "version")
@@ -89,22 +90,19 @@ def check_padding(*, student: int, teacher: int, tokenizer: Path) -> None:
 
 def context_tokens(directory: Path, *, default: int = 2048) -> int:
     """Longest context that ``config.json`` in ``directory`` allows."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or default)
+    return int(read_json(directory / "config.json").get("max_position_embeddings") or default)
 
 
 def _content(path: Path) -> dict[str, Any]:
     """What ``tokenizer.json`` says."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["model"].get("merges")
-    except OSError as error:
+    if not path.is_file():
         raise ModelError(
-            f"{path} cannot be read: {error.strerror}", hint="a fast tokenizer is needed"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
-    return content  # type: ignore[no-any-return]
+            f"{path} cannot be read: it is not there", hint="a fast tokenizer is needed"
+        )
+    content = read_json(path)
+    if not isinstance(content.get("model"), dict):
+        raise ModelError(f"{path} is not a tokenizer: it has no model")
+    return content
 
 
 def _without_empty(settings: dict[str, Any]) -> dict[str, Any]:

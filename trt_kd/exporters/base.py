@@ -10,6 +10,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, Kind
 from trt_kd.artifacts.manifest import Metric
 from trt_kd.config import Plugin
+from trt_kd.quantization.base import QuantizationFormat
 
 
 class Exporter(Plugin, ABC):
@@ -23,6 +24,10 @@ class Exporter(Plugin, ABC):
     @abstractmethod
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
         """Problems with a source of this shape and kind, as text; needs no weights and no GPU."""
+
+    def check_format(self, shape: ModelShape, quantization: QuantizationFormat) -> list[str]:
+        """Problems with a model of this shape in that number format, as text; by default none."""
+        return []
 
     def check_source(self, source: Artifact) -> list[str]:
         """Problems that ``config.json`` and the manifest tell and sizes alone do not, as text."""

@@ -18,12 +18,14 @@ from trt_kd.checkpoints import copy_tokenizer, make_portable, read_json
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
 from trt_kd.exporters.hf_unified_files import (
+    CACHE_ALGORITHMS,
     HF_QUANT_CONFIG,
     MIXED,
     QUANT_CFG,
     read_quantization,
 )
 from trt_kd.exporters.trtllm_commands import SERVED, write_serving
+from trt_kd.quantization.base import QuantizationFormat
 
 
 class HfUnified(Exporter):
@@ -53,18 +55,20 @@ class HfUnified(Exporter):
         layers = (quantization.layers if quantization else None) or {}
         unserved = sorted({layer.algorithm for layer in layers.values()} - set(SERVED))
         write_serving(out, read_json(out / "config.json"), next(iter(unserved), algorithm))
-        return {"quant_algo": algorithm}
+        cache = quantization.kv_cache if quantization else None
+        return {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
 
     def problems(self, source: Artifact, out: Path) -> list[str]:
         """See the base class: configuration, tensors and dequantized weights against the source."""
         from trt_kd.exporters.hf_unified_check import problems
 
-        limit = None
-        if source.manifest.kind == "quantized":
-            from trt_kd.quantization.storage import format_of
+        if source.manifest.kind == "checkpoint":
+            return problems(source.path, out, weight_error_limit=None)
+        from trt_kd.quantization.storage import format_of
 
-            limit = format_of(source).weight_error_limit
-        return problems(source.path, out, weight_error_limit=limit)
+        quantization = format_of(source)
+        found = problems(source.path, out, weight_error_limit=quantization.weight_error_limit)
+        return found or _cache_problems(quantization, out)
 
     def kl_limit_nats(self, source: Artifact) -> float:
         """See the base class: a copy may not stray; a quantized model may by its own rounding.
@@ -80,6 +84,16 @@ class HfUnified(Exporter):
         rounding = source.metrics.get("kl_to_source_nats")
         allowed = 2 * rounding if isinstance(rounding, float) else 0.0
         return format_of(source).export_kl_limit_nats + allowed
+
+
+def _cache_problems(quantization: QuantizationFormat, out: Path) -> list[str]:
+    """A format of the cache that was not asked for; a recipe's own is known by its scales alone."""
+    told = read_quantization(out)
+    cache = told.kv_cache if told else None
+    asked = CACHE_ALGORITHMS[quantization.kv_cache]
+    if cache == asked or quantization.kind == "recipe":
+        return []
+    return [f"the key-value cache is said to be in {cache}, asked for was {asked}"]
 
 
 def _repeat_layer_formats(out: Path) -> None:

@@ -19,6 +19,8 @@ QUANT_CFG = "quant_cfg.json"
 MIXED = "MIXED_PRECISION"
 WEIGHT_TYPES = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W4A16_AWQ": "U8"}
 """Quantization algorithms that can be read back here, and how they store a weight."""
+CACHE_ALGORITHMS = {"none": None, "fp8": "FP8"}
+"""What a checkpoint calls the formats of the key-value cache."""
 CACHE_SCALES = {"k_proj": "k_scale", "v_proj": "v_scale"}
 """Scales of an FP8 cache by the projection that they stand beside."""
 _FP8_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}

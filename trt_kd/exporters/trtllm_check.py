@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 _LARGEST_CODE = {"FP8": 448.0, "W8A8_SQ_PER_CHANNEL": 127.0}
 _GAIN_LIMIT = 0.02
 """How far the slope of stored against true weights may be from one; rounding alone averages out."""
+_INT4_MAX = 7.0
+_STEP_LIMIT = 0.01
+"""How far a block's scale may be from the largest of its weights over 7, rounded to 16 bits."""
+_CODE_LIMIT = 0.55
+"""Steps that a weight may be away from its INT4 code: half of one, and the source's rounding."""
 _SCALE_LIMIT = 0.02
 """How far a scale may be from what calibration saw."""
 _FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -45,9 +50,9 @@ def problems(
 ) -> list[str]:
     """What speaks against ``out`` being ``source`` as ``promised``; empty if nothing does.
 
-    ``promised`` holds dtype, quant_algo, tp_size and pp_size. Weights that are not quantized must
-    be the source's in that dtype; the others within ``weight_error_limit``, in relative Frobenius
-    norm, smoothing applied to both.
+    ``promised`` holds dtype, quant_algo, kv_cache_quant_algo, group_size, tp_size and pp_size.
+    Weights that are not quantized must be the source's in that dtype; the others within
+    ``weight_error_limit``, in relative Frobenius norm, smoothing applied to both.
     """
     try:
         with ExitStack() as stack:
@@ -87,6 +92,8 @@ def _promise_problems(layout: Layout, promised: Mapping[str, Any]) -> list[str]:
     found = {
         "dtype": layout["dtype"],
         "quant_algo": layout.algorithm,
+        "kv_cache_quant_algo": layout["quantization"]["kv_cache_quant_algo"],
+        "group_size": layout.block,
         "tp_size": layout.tp,
         "pp_size": layout.pp,
     }
@@ -175,7 +182,9 @@ def _projection_problems(
         return found
     if projection.smoothing is not None:
         expected = expected / projection.smoothing
-    if limit is not None:
+    if projection.step is not None:
+        found += _code_problems(projection, expected, projection.step)
+    elif limit is not None:
         found += _weight_problems(projection, expected, limit, by_row=layout.algorithm != "FP8")
     return found + _input_problems(layout, projection, calibrated)
 
@@ -200,17 +209,33 @@ def _weight_problems(
     return found
 
 
+def _code_problems(projection: Projection, expected: "Tensor", step_OG: "Tensor") -> list[str]:
+    """Every block's scale must come from its largest weight, every code be the nearest one."""
+    shape = (*step_OG.shape, -1)
+    blocks_OGB = expected.reshape(shape)
+    largest_OG = blocks_OGB.abs().amax(2)
+    used = largest_OG > 0
+    away = float((step_OG[used] * _INT4_MAX / largest_OG[used] - 1).abs().max())
+    if not away <= _STEP_LIMIT:
+        return [f"{projection.name}: the scale of a block is {away:.1%} from that of its weights"]
+    actual_OGB = projection.weight.reshape(shape)
+    steps = float(((actual_OGB - blocks_OGB).abs() / step_OG[..., None]).max())
+    if not steps <= _CODE_LIMIT:
+        return [f"{projection.name}.weight is {steps:.2f} steps away, limit {_CODE_LIMIT}"]
+    return []
+
+
 def _input_problems(
     layout: Layout, projection: Projection, calibrated: Mapping[str, "Tensor"]
 ) -> list[str]:
     """A scale of the activation that is not what calibration saw, smoothed as the file says."""
+    if layout.algorithm is None or projection.input_scale is None:
+        return []
     prefix, _, part = projection.name.partition(".self_attn.")
     partners = [projection.name]
     if f"self_attn.{part}" in _FUSED:
         partners = [f"{prefix}.{partner}" for partner in _FUSED]
     seen = max(_seen_input(name, projection, calibrated) for name in partners)
-    if layout.algorithm is None or projection.input_scale is None:
-        return []
     ratio = float(projection.input_scale) * _LARGEST_CODE[layout.algorithm] / seen
     if abs(ratio - 1) > _SCALE_LIMIT:
         return [f"{projection.name}: its input scale is {ratio:.3g} times what calibration saw"]

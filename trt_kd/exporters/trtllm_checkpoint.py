@@ -20,14 +20,18 @@ from trt_kd.artifacts.manifest import Metric
 from trt_kd.checkpoints import copy_tokenizer, portable_config, read_json, stored_dtype
 from trt_kd.errors import ModelError
 from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.hf_unified_files import CACHE_ALGORITHMS
 from trt_kd.exporters.trtllm_layout import (
     ALGORITHMS,
     Ranks,
+    block_problems,
     checkpoint_config,
     config_problems,
     rank_problems,
     shape_problems,
 )
+from trt_kd.quantization.base import QuantizationFormat
+from trt_kd.quantization.int4 import Int4Awq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +39,13 @@ if TYPE_CHECKING:
 KEPT = ("generation_config.json",)
 HF_CONFIG = "hf_config.json"
 """The source's ``config.json``, which TensorRT-LLM's tools want beside the tokenizer."""
+_SIXTEEN_BITS = "INT4 codes are multiplied in 16 bits: set dtype=bfloat16 or dtype=float16"
 _CAST_KL_NATS = 0.02
 """What rounding float32 weights, or Gemma's 1 + w, to 16 bits may cost, mean nats per token."""
 
 
 class TrtllmCheckpoint(Exporter):
-    """A checkpoint for ``trtllm-build`` of TensorRT-LLM 1.2, unquantized, FP8 or INT8."""
+    """A checkpoint for ``trtllm-build`` of TensorRT-LLM 1.2, unquantized, FP8, INT8 or INT4."""
 
     kind: Literal["trtllm-checkpoint"] = "trtllm-checkpoint"
     backend: ClassVar[str] = "trtllm-checkpoint"
@@ -65,14 +70,29 @@ class TrtllmCheckpoint(Exporter):
             return found
         return rank_problems(shape, self.ranks, low_bit=source_kind == "quantized")
 
+    def check_format(self, shape: ModelShape, quantization: QuantizationFormat) -> list[str]:
+        """See the base class: whether the format is defined, and its blocks fit the ranks."""
+        if quantization.kind not in ALGORITHMS:
+            known = ", ".join(ALGORITHMS)
+            return [
+                f"format {quantization.kind} is not written by {self.kind}; those that are: {known}"
+            ]
+        if (block := _block(quantization)) is None:
+            return []
+        found = block_problems(shape, self.ranks, block)
+        return found + ([_SIXTEEN_BITS] if self.dtype == "float32" else [])
+
     def check_source(self, source: Artifact) -> list[str]:
         """See the base class: rope, activation and the number format."""
         found = config_problems(portable_config(read_json(source.path / "config.json")))
-        if source.manifest.kind == "quantized" and (kind := _format_kind(source)) not in ALGORITHMS:
-            known = ", ".join(ALGORITHMS)
-            found.append(f"format {kind} is not written by {self.kind}; those that are: {known}")
-        if self.dtype_of(source) not in ("float32", "bfloat16", "float16"):
-            found.append(f"weights in {self.dtype_of(source)} are not written: set dtype=bfloat16")
+        dtype = self.dtype_of(source)
+        if source.manifest.kind == "quantized":
+            quantization = _format(source)
+            found += self.check_format(read_shape(source.path), quantization)
+            if self.dtype == "auto" and dtype == "float32" and _block(quantization):
+                found.append(_SIXTEEN_BITS)
+        if dtype not in ("float32", "bfloat16", "float16"):
+            found.append(f"weights in {dtype} are not written: set dtype=bfloat16")
         return found
 
     def dtype_of(self, source: Artifact) -> str:
@@ -85,15 +105,12 @@ class TrtllmCheckpoint(Exporter):
             raise ModelError(f"{source.path} cannot go to {self.kind}: {found[0]}")
         config = portable_config(read_json(source.path / "config.json"))
         shape = read_shape(source.path)
-        algorithm = kv_cache = None
-        if source.manifest.kind == "quantized":
-            algorithm = ALGORITHMS[_format_kind(source)]
-            kv_cache = "FP8" if _has_fp8_kv_cache(source) else None
-        quantization: dict[str, Any] = {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": kv_cache,
-            **({"exclude_modules": ["lm_head"]} if algorithm else {}),
-        }
+        told = _told(source)
+        quantization: dict[str, Any] = dict(told)
+        if told["quant_algo"]:
+            quantization["exclude_modules"] = ["lm_head"]
+        if "group_size" in told:
+            quantization |= {"has_zero_point": False, "pre_quant_scale": True}
         dtype = self.dtype_of(source)
         written = checkpoint_config(
             config, shape, self.ranks, dtype=dtype, quantization=quantization
@@ -105,8 +122,7 @@ class TrtllmCheckpoint(Exporter):
         from trt_kd.exporters.trtllm_check import low_bit_share
 
         return {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": kv_cache,
+            **told,
             "ranks": self.ranks.world,
             "realised_low_bit_share": low_bit_share(out),
         }
@@ -129,6 +145,7 @@ class TrtllmCheckpoint(Exporter):
                 ranks=self.ranks,
                 dtype=getattr(torch, written["dtype"]),
                 algorithm=quantization["quant_algo"],
+                block=quantization.get("group_size"),
                 kv_cache=quantization["kv_cache_quant_algo"] is not None,
                 weights=weights,
                 quantizers=calibrated,
@@ -139,15 +156,13 @@ class TrtllmCheckpoint(Exporter):
         """See the base class: config, headers, weights, scales and companions."""
         from trt_kd.exporters.trtllm_check import problems
 
-        limit = algorithm = None
+        limit = None
         if source.manifest.kind == "quantized":
-            from trt_kd.quantization.storage import format_of
-
-            limit = format_of(source).weight_error_limit
-            algorithm = ALGORITHMS[_format_kind(source)]
+            limit = _format(source).weight_error_limit
         promised = {
             "dtype": self.dtype_of(source),
-            "quant_algo": algorithm,
+            "group_size": None,
+            **_told(source),
             "tp_size": self.tensor_parallel,
             "pp_size": self.pipeline_parallel,
         }
@@ -160,11 +175,9 @@ class TrtllmCheckpoint(Exporter):
         cast = _CAST_KL_NATS if gemma or dtype not in (stored, "float32") else 0.0
         if source.manifest.kind == "checkpoint":
             return 1e-6 + cast
-        from trt_kd.quantization.storage import format_of
-
         rounding = source.metrics.get("kl_to_source_nats")
         allowed = 2 * rounding if isinstance(rounding, float) else 0.0
-        return format_of(source).export_kl_limit_nats + allowed + cast
+        return _format(source).export_kl_limit_nats + allowed + cast
 
 
 def keep_companions(source: Path, out: Path) -> None:
@@ -176,31 +189,25 @@ def keep_companions(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def _format_kind(source: Artifact) -> str:
-    settings = source.manifest.config.get("format")
-    return str(settings.get("kind")) if isinstance(settings, dict) else str(settings)
+def _format(source: Artifact) -> QuantizationFormat:
+    from trt_kd.quantization.storage import format_of
+
+    return format_of(source)
 
 
-def _has_fp8_kv_cache(source: Artifact) -> bool:
-    """Whether calibration left FP8 ranges of keys and values.
+def _block(quantization: QuantizationFormat) -> int | None:
+    """Weights along the input that share a scale, where they come in blocks."""
+    return quantization.block_size if isinstance(quantization, Int4Awq) else None
 
-    Raises:
-        ModelError: if it left ranges of another format.
-    """
-    from trt_kd.exporters.hf_unified_files import open_tensors
-    from trt_kd.quantization.storage import QUANTIZERS, format_of
 
-    with open_tensors(source.path, only=QUANTIZERS) as calibrated:
-        if not any(name.endswith("k_bmm_quantizer._amax") for name in calibrated):
-            return False
-    bits = [
-        (entry.get("cfg") or {}).get("num_bits")
-        for entry in format_of(source).modelopt_config()["quant_cfg"]
-        if "bmm_quantizer" in str(entry.get("quantizer_name")) and entry.get("enable", True)
-    ]
-    if not bits or any(found != (4, 3) for found in bits):
-        raise ModelError(
-            f"{source.path}: a key-value cache of {bits} bits is not written",
-            hint="quantize with an FP8 cache or none",
-        )
-    return True
+def _told(source: Artifact) -> dict[str, Any]:
+    """What ``config.json`` says of the number format of ``source``."""
+    if source.manifest.kind == "checkpoint":
+        return {"quant_algo": None, "kv_cache_quant_algo": None}
+    quantization = _format(source)
+    block = _block(quantization)
+    return {
+        "quant_algo": ALGORITHMS[quantization.kind],
+        "kv_cache_quant_algo": CACHE_ALGORITHMS[quantization.kv_cache],
+        **({"group_size": block} if block else {}),
+    }

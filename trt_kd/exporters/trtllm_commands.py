@@ -48,11 +48,14 @@ class Workload:
 def build_options(config: Mapping[str, Any], workload: Workload) -> list[str]:
     """Options of ``trtllm-build``, but for its folders, chosen from checkpoint and workload.
 
-    16-bit products go to the GEMM plugin, as NVIDIA's tuning guide advises; low-bit ones to
-    TensorRT's own kernels. Attention in FP8 is for FP8 checkpoints.
+    16-bit products, INT4's among them, go to the GEMM plugin, as NVIDIA's tuning guide and examples
+    advise; other low-bit ones to TensorRT's own kernels. Prompts that read an FP8 cache do so in
+    FP8, for which the builder wants an FP8 checkpoint; with other formats every prompt is read
+    whole, and no cache is reused.
     """
     quantization = config["quantization"]
     fp8 = quantization["quant_algo"] == "FP8"
+    cache = quantization["kv_cache_quant_algo"] == "FP8"
     options: dict[str, object] = {
         "--max_batch_size": workload.batch,
         "--max_input_len": workload.input_tokens,
@@ -62,13 +65,13 @@ def build_options(config: Mapping[str, Any], workload: Workload) -> list[str]:
         "--kv_cache_type": "paged",
         "--remove_input_padding": "enable",
         "--context_fmha": "enable",
-        "--use_paged_context_fmha": "enable",
-        "--use_fp8_context_fmha": "enable" if fp8 else "disable",
+        "--use_paged_context_fmha": "disable" if cache and not fp8 else "enable",
+        "--use_fp8_context_fmha": "enable" if cache and fp8 else "disable",
         "--use_fused_mlp": "enable" if fp8 else "disable",
         "--workers": config["mapping"]["world_size"],
         "--log_level": "info",
     }
-    if quantization["quant_algo"] is None:
+    if quantization["quant_algo"] in (None, "W4A16_AWQ"):
         options["--gemm_plugin"] = "auto"
     return [str(part) for item in options.items() for part in item]
 

@@ -31,6 +31,7 @@ from trt_kd.exporters.trtllm_commands import (
     write_engine_serving,
 )
 from trt_kd.exporters.trtllm_layout import positions
+from trt_kd.quantization.base import QuantizationFormat
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class TrtllmEngine(Exporter):
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
         """See the base class."""
         return self.basis().check(shape, source_kind)
+
+    def check_format(self, shape: ModelShape, quantization: QuantizationFormat) -> list[str]:
+        """See the base class."""
+        return self.basis().check_format(shape, quantization)
 
     def check_source(self, source: Artifact) -> list[str]:
         """See the base class: that of the checkpoint, and the lengths."""

@@ -21,7 +21,7 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
 }
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-WEIGHTS = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8"}
+WEIGHTS = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W4A16_AWQ": "I8"}
 """Quantization algorithms that can be read, and how each stores a weight."""
 
 _COMMON = {
@@ -41,9 +41,16 @@ _EXTRA = {
     },
 }
 _MAPPING = {"world_size", "tp_size", "pp_size"}
-_QUANTIZATION = {"quant_algo", "kv_cache_quant_algo", "exclude_modules"}
+_QUANTIZATION = {"quant_algo", "kv_cache_quant_algo"}
+_QUANTIZED = _QUANTIZATION | {"exclude_modules"}
+_IN_BLOCKS = _QUANTIZED | {"group_size", "has_zero_point", "pre_quant_scale"}
+_BLOCKS = (64, 128)
+_TILE = 64
+"""Rows and columns of INT4 codes come in multiples of it: 32 bytes."""
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
+Rule = tuple[str, Any, bool, str]
+"""A name, the value that it has, whether that is right, and what would be."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,11 @@ class Layout:
     def fp8_cache(self) -> bool:
         """Whether keys and values are cached in FP8."""
         return self.config["quantization"]["kv_cache_quant_algo"] is not None
+
+    @property
+    def block(self) -> int | None:
+        """Weights along the input that share a scale, where they come in blocks."""
+        return self.config["quantization"].get("group_size")  # type: ignore[no-any-return]
 
     @property
     def rank_heads(self) -> tuple[int, int]:
@@ -115,12 +127,9 @@ def read_layout(directory: Path) -> Layout:
         raise ModelError(f"{directory}: architecture {config.get('architecture')!r} is not known")
     _same_keys(config, _COMMON | _EXTRA.get(model_type, set()), "config.json")
     _same_keys(config["mapping"], _MAPPING, "mapping")
-    quantized = config["quantization"].get("quant_algo") is not None
-    _same_keys(
-        config["quantization"],
-        _QUANTIZATION if quantized else _QUANTIZATION - {"exclude_modules"},
-        "quantization",
-    )
+    algorithm = config["quantization"].get("quant_algo")
+    keys = {None: _QUANTIZATION, "W4A16_AWQ": _IN_BLOCKS}.get(algorithm, _QUANTIZED)
+    _same_keys(config["quantization"], keys, "quantization")
     layout = Layout(config, model_type)
     for said, expected in _consistent(layout).items():
         raise ModelError(f"{directory}: config.json says {said}, {expected} is meant or known")
@@ -141,7 +150,7 @@ def _consistent(layout: Layout) -> dict[str, str]:
     quantization = layout["quantization"]
     scaling = layout["rotary_scaling"] or {"type": 0, "rope_type": 0}
     tied = bool(layout["share_embedding_table"])
-    rules: list[tuple[str, Any, bool, str]] = [
+    rules: list[Rule] = [
         ("dtype", layout["dtype"], layout["dtype"] in STORED, ", ".join(STORED)),
         ("logits_dtype", layout["logits_dtype"], layout["logits_dtype"] == "float32", "float32"),
         ("mapping", mapping, mapping["world_size"] == layout.tp * layout.pp, "tp * pp ranks"),
@@ -210,6 +219,8 @@ def _consistent(layout: Layout) -> dict[str, str]:
             "lm_head alone",
         ),
     ]
+    if layout.algorithm == "W4A16_AWQ":
+        rules += _block_rules(layout)
     if kind in ("qwen2", "qwen3"):
         rules += [
             ("qwen_type", layout["qwen_type"], layout["qwen_type"] == kind, kind),
@@ -220,6 +231,24 @@ def _consistent(layout: Layout) -> dict[str, str]:
         said = layout["inter_layernorms"]
         rules.append(("inter_layernorms", said, said is True, "true"))
     return {f"{name} {value}": right for name, value, holds, right in rules if not holds}
+
+
+def _block_rules(layout: Layout) -> list[Rule]:
+    """What holds of INT4 codes in blocks beside all the rest."""
+    quantization, block = layout["quantization"], layout.block
+    zero, smoothed = quantization["has_zero_point"], quantization["pre_quant_scale"]
+    sixteen = layout["dtype"] in ("float16", "bfloat16")
+    rules: list[Rule] = [
+        ("group_size", block, block in _BLOCKS, "64 or 128"),
+        ("has_zero_point", zero, zero is False, "false"),
+        ("pre_quant_scale", smoothed, smoothed is True, "true"),
+        ("dtype", layout["dtype"], sixteen, "float16 or bfloat16, beside INT4"),
+    ]
+    for name, (rows, columns) in _projection_shapes(layout).items():
+        whole = rows % _TILE == 0 and bool(block in _BLOCKS and columns % block == 0)
+        right = f"multiples of {_TILE} and of group_size"
+        rules.append((f"a share of {name} of", [rows, columns], whole, right))
+    return rules
 
 
 def expected_headers(layout: Layout, rank: int) -> Headers:
@@ -243,21 +272,12 @@ def expected_headers(layout: Layout, rank: int) -> Headers:
 
 def _layer_headers(layout: Layout) -> Headers:
     kept, hidden = STORED[layout["dtype"]], int(layout["hidden_size"])
-    size, ffn = int(layout["head_size"]), int(layout["intermediate_size"]) // layout.tp
-    heads, kv_heads = layout.rank_heads
-    qkv = (heads + 2 * kv_heads) * size
-    projections = {
-        "attention.qkv": (qkv, hidden),
-        "attention.dense": (hidden, heads * size),
-        "mlp.fc": (ffn, hidden),
-        "mlp.gate": (ffn, hidden),
-        "mlp.proj": (hidden, ffn),
-    }
+    size, shapes = int(layout["head_size"]), _projection_shapes(layout)
     found: Headers = {}
-    for name, shape in projections.items():
+    for name, shape in shapes.items():
         found |= _projection_headers(layout, name, shape)
     if layout["attn_bias"]:
-        found["attention.qkv.bias"] = (kept, (qkv,))
+        found["attention.qkv.bias"] = (kept, shapes["attention.qkv"][:1])
         if layout.model_type == "llama":
             found["attention.dense.bias"] = (kept, (hidden,))
     norms = ["input_layernorm", "post_layernorm"]
@@ -271,10 +291,30 @@ def _layer_headers(layout: Layout) -> Headers:
     return found
 
 
+def _projection_shapes(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Output and input features of one rank's share of every projection of a layer."""
+    hidden, size = int(layout["hidden_size"]), int(layout["head_size"])
+    ffn, (heads, kv_heads) = int(layout["intermediate_size"]) // layout.tp, layout.rank_heads
+    return {
+        "attention.qkv": ((heads + 2 * kv_heads) * size, hidden),
+        "attention.dense": (hidden, heads * size),
+        "mlp.fc": (ffn, hidden),
+        "mlp.gate": (ffn, hidden),
+        "mlp.proj": (hidden, ffn),
+    }
+
+
 def _projection_headers(layout: Layout, name: str, shape: tuple[int, int]) -> Headers:
     kept, algorithm = STORED[layout["dtype"]], layout.algorithm
     if algorithm is None:
         return {f"{name}.weight": (kept, shape)}
+    if layout.block is not None:
+        rows, columns = shape
+        return {
+            f"{name}.weight": (WEIGHTS[algorithm], (rows // 2, columns)),
+            f"{name}.weights_scaling_factor": ("F32", (rows, columns // layout.block)),
+            f"{name}.prequant_scaling_factor": (kept, (columns,)),
+        }
     found: Headers = {
         f"{name}.weight": (WEIGHTS[algorithm], shape),
         f"{name}.activation_scaling_factor": ("F32", (1,)),

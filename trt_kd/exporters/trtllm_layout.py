@@ -5,8 +5,9 @@ Source: TensorRT-LLM 1.2.1, ``models/modeling_utils.py`` and the ``config.py``, 
 What those do not define is refused here and never guessed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -26,11 +27,15 @@ ALGORITHMS = {
     "fp8": "FP8",
     "int8": "W8A8_SQ_PER_CHANNEL",
     "int8_smoothquant": "W8A8_SQ_PER_CHANNEL",
+    "int4_awq": "W4A16_AWQ",
 }
 """Quantization formats that can be written, with TensorRT-LLM's name of each."""
 
 LOW_BIT_MULTIPLE = 16
 """FP8 and INT8 matrix kernels want input widths that are multiples of it, on every rank."""
+INT4_TILE = 64
+"""Both dimensions of INT4 codes must be multiples of it on every rank: the kernels' layout wants 32
+bytes either way."""
 HEAD_MULTIPLE = 8
 LARGEST_WORLD = 64
 """How far legal sizes are listed."""
@@ -85,12 +90,9 @@ def shape_problems(shape: ModelShape) -> list[str]:
 def rank_problems(shape: ModelShape, ranks: Ranks, *, low_bit: bool) -> list[str]:
     """Say why a model of ``shape`` does not split over ``ranks``, with the sizes that it takes."""
     found = []
-    if reasons := _split_reasons(shape, ranks.tp, low_bit=low_bit):
-        sizes = range(1, LARGEST_WORLD + 1)
-        legal = [str(tp) for tp in sizes if not _split_reasons(shape, tp, low_bit=low_bit)]
-        found.append(
-            f"tensor_parallel {ranks.tp}: {'; '.join(reasons)}; legal: {', '.join(legal) or 'none'}"
-        )
+    split = partial(_split_reasons, shape, low_bit=low_bit)
+    if reasons := split(ranks.tp):
+        found.append(f"tensor_parallel {ranks.tp}: {'; '.join(reasons)}; legal: {_legal(split)}")
     if shape.layers % ranks.pp:
         legal = [str(pp) for pp in range(1, shape.layers + 1) if shape.layers % pp == 0]
         found.append(
@@ -116,6 +118,42 @@ def _split_reasons(shape: ModelShape, tp: int, *, low_bit: bool) -> list[str]:
             if width % LOW_BIT_MULTIPLE
         ]
     return reasons
+
+
+def block_problems(shape: ModelShape, ranks: Ranks, block: int) -> list[str]:
+    """Say why INT4 codes in blocks of ``block`` do not split over ``ranks``."""
+    split = partial(_block_reasons, shape, block)
+    if reasons := split(ranks.tp):
+        what = f"tensor_parallel {ranks.tp} with blocks of {block}"
+        return [f"{what}: {'; '.join(reasons)}; legal: {_legal(split)}"]
+    return []
+
+
+def _block_reasons(shape: ModelShape, block: int, tp: int) -> list[str]:
+    if reasons := _split_reasons(shape, tp, low_bit=True):
+        return reasons
+    ranks = Ranks(tp, 1)
+    query, ffn = shape.heads * shape.head_dim // tp, shape.ffn // tp
+    widths = {"attention inputs": shape.hidden, "attention": query, "MLP": ffn}
+    rows = {
+        "query, key and value": query + 2 * ranks.kv_heads(shape) * shape.head_dim,
+        "MLP": ffn,
+        "hidden": shape.hidden,
+    }
+    return [
+        f"{width} channels into the {name} projections of a rank are no multiple of {block}"
+        for name, width in widths.items()
+        if width % block
+    ] + [
+        f"{count} {name} rows of a rank are no multiple of {INT4_TILE}"
+        for name, count in rows.items()
+        if count % INT4_TILE
+    ]
+
+
+def _legal(split: Callable[[int], list[str]]) -> str:
+    """Tensor parallel sizes that ``split`` has nothing against."""
+    return ", ".join(str(tp) for tp in range(1, LARGEST_WORLD + 1) if not split(tp)) or "none"
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Read a TensorRT-LLM checkpoint and compute what an engine built from it computes.
 
 The stock architecture is rebuilt from ``config.json`` and the rank files of any tensor and
-pipeline parallel split are put together again, dequantized where they are FP8 or INT8. The writer
-is not involved: this is the witness of what it wrote.
+pipeline parallel split are put together again, dequantized where they are FP8, INT8 or INT4. The
+writer is not involved: this is the witness of what it wrote.
 """
 
 from collections.abc import Iterator
@@ -59,6 +59,8 @@ class Projection:
     input_scale: "Tensor | None" = None
     smoothing: "Tensor | None" = None
     """Factor ``[I]`` on the input."""
+    step: "Tensor | None" = None
+    """Scale ``[O, G]`` of every block of INT4 codes, as an engine rounds it."""
 
 
 class Ranks:
@@ -106,9 +108,10 @@ class Ranks:
         import torch
 
         heads, kv_heads = self.layout.rank_heads
-        size = int(self.layout["head_size"])
+        tensors = self._all(stage, name)
+        size = len(tensors[0]) // (heads + 2 * kv_heads)  # rows of a head; of codes, half as many
         sizes = [heads * size, kv_heads * size, kv_heads * size]
-        cut = (torch.split(tensor, sizes) for tensor in self._all(stage, name))
+        cut = (torch.split(tensor, sizes) for tensor in tensors)
         shares = list(zip(*cut, strict=True))
         copies = self.layout.tp * kv_heads // int(self.layout["num_key_value_heads"])
         for share in shares[1:]:
@@ -118,12 +121,16 @@ class Ranks:
         return [torch.cat(shares[0]), *(torch.cat(share[::copies]) for share in shares[1:])]
 
     def weight_headers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Type and shape of every matrix of every rank, tables of the vocabulary included."""
+        """Type and shape of every matrix of every rank, tables of the vocabulary included.
+
+        Shapes are in weights, also where two codes share a byte.
+        """
         for tensors in self._files:
             for name in tensors:
                 kind, shape = tensors.header(name)
-                if len(shape) > 1:
-                    yield kind, shape
+                if name.endswith(".weight") and len(shape) > 1:
+                    packed = self.layout.block is not None and kind == "I8"
+                    yield kind, (2 * shape[0], *shape[1:]) if packed else shape
 
     def _all(self, stage: int, name: str) -> "list[Tensor]":
         tp = self.layout.tp
@@ -219,21 +226,24 @@ def _fused(ranks: Ranks, stage: int, name: str, theirs: str) -> Iterator[Project
         scales = ranks.qkv(stage, f"{name}.weights_scaling_factor")
     input_scale, smoothing = _input(ranks, stage, name, dim=0)
     for part, weight, scale, bias in zip("qkv", weights, scales, biases, strict=True):
-        whole = _dequantized(ranks.layout, weight, scale, name)
-        yield Projection(f"{theirs}.{part}_proj", whole, bias, input_scale, smoothing)
+        whole, step = _dequantized(ranks.layout, weight, scale, name)
+        yield Projection(f"{theirs}.{part}_proj", whole, bias, input_scale, smoothing, step)
 
 
 def _single(ranks: Ranks, stage: int, name: str, theirs: str, *, dim: int) -> Projection:
     scale = None
-    if ranks.layout.algorithm == "FP8" or (ranks.layout.algorithm and dim == 1):
+    if ranks.layout.block is not None:
+        scale = ranks.joined(stage, f"{name}.weights_scaling_factor", dim)
+    elif ranks.layout.algorithm == "FP8" or (ranks.layout.algorithm and dim == 1):
         scale = ranks.copies(stage, f"{name}.weights_scaling_factor")
     elif ranks.layout.algorithm:
         scale = ranks.joined(stage, f"{name}.weights_scaling_factor", 0)
-    weight = _dequantized(ranks.layout, ranks.joined(stage, f"{name}.weight", dim), scale, name)
+    weight = ranks.joined(stage, f"{name}.weight", dim)
+    whole, step = _dequantized(ranks.layout, weight, scale, name)
     bias = None
     if f"{name}.bias" in expected_headers(ranks.layout, stage * ranks.layout.tp):
         bias = ranks.copies(stage, f"{name}.bias").float()
-    return Projection(theirs, weight, bias, *_input(ranks, stage, name, dim=dim))
+    return Projection(theirs, whole, bias, *_input(ranks, stage, name, dim=dim), step)
 
 
 def _input(
@@ -242,7 +252,9 @@ def _input(
     """Scale of the activation and factor on it."""
     if ranks.layout.algorithm is None:
         return None, None
-    scale = _positive(ranks.copies(stage, f"{name}.activation_scaling_factor"), name)
+    scale = None
+    if ranks.layout.block is None:
+        scale = _positive(ranks.copies(stage, f"{name}.activation_scaling_factor"), name)
     if ranks.layout.algorithm == "FP8":
         return scale, None
     factor = f"{name}.prequant_scaling_factor"
@@ -250,13 +262,22 @@ def _input(
     return scale, _positive(smoothing, factor).float()
 
 
-def _dequantized(layout: Layout, weight: "Tensor", scale: "Tensor | None", name: str) -> "Tensor":
+def _dequantized(
+    layout: Layout, weight: "Tensor", scale: "Tensor | None", name: str
+) -> "tuple[Tensor, Tensor | None]":
+    """Weight in float32, and the steps of its INT4 codes."""
+    import torch
+
     from trt_kd.exporters import arithmetic
 
     if scale is None:
-        return weight.float()
+        return weight.float(), None
+    _positive(scale, f"{name}.weights_scaling_factor")
+    if layout.block is not None:
+        step_OG = scale.to(getattr(torch, layout["dtype"])).float()
+        return arithmetic.int4_weight(weight.view(torch.uint8), step_OG), step_OG
     dequantize = arithmetic.fp8_weight if layout.algorithm == "FP8" else arithmetic.int8_weight
-    return dequantize(weight, _positive(scale, f"{name}.weights_scaling_factor"))
+    return dequantize(weight, scale), None
 
 
 def _equal(one: "Tensor", other: "Tensor") -> bool:

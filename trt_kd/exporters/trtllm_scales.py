@@ -4,7 +4,8 @@ TensorRT-LLM multiplies query, key and value as one matrix, so they share what b
 matrix: the FP8 scale, the smoothing of the input and the scale of the activation.
 
 Sources: Micikevicius et al. 2022 (arXiv:2209.05433) for FP8, Xiao et al. 2022, SmoothQuant
-(arXiv:2211.10438) for the smoothing. Shape suffixes: O output and I input features.
+(arXiv:2211.10438) and Lin et al. 2023, AWQ (arXiv:2306.00978) for the smoothing. Shape suffixes: O
+output and I input features, G blocks along the input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,22 +16,39 @@ from torch import Tensor
 
 from trt_kd.errors import ModelError
 
-_FP8_MAX, _INT8_MAX = 448.0, 127.0
+_FP8_MAX, _INT8_MAX, _INT4_MAX = 448.0, 127.0, 7.0
 
 
 @dataclass(frozen=True)
-class Ranges:
+class Smoothed:
     """One projection as calibration left it: its weight holds the smoothing already."""
 
     name: str
     weight: Tensor
     """``[O, I]`` float32."""
-    weight_amax: Tensor
-    input_amax: Tensor
     smoothing: Tensor | None
     """Factor ``[I]`` on the input, None without smoothing."""
+
+
+@dataclass(frozen=True)
+class Ranges(Smoothed):
+    """One projection whose input is quantized too."""
+
+    weight_amax: Tensor
+    input_amax: Tensor
     raw_input_amax: Tensor | None
     """Largest input ``[I]`` of every channel before smoothing."""
+
+
+def smoothed_of(name: str, weight_OI: Tensor, quantizers: Mapping[str, Tensor]) -> Smoothed:
+    """Collect what ``quantizers`` hold of ``name``, of which the weight alone is quantized.
+
+    Raises:
+        ModelError: if it was not calibrated, or a range is not a finite number above zero.
+    """
+    _calibrated(name, ("weight_quantizer._amax",), quantizers)
+    smoothing = _optional(quantizers, f"{name}.input_quantizer._pre_quant_scale")
+    return Smoothed(name, weight_OI.float(), smoothing)
 
 
 def ranges_of(name: str, weight_OI: Tensor, quantizers: Mapping[str, Tensor]) -> Ranges:
@@ -39,8 +57,23 @@ def ranges_of(name: str, weight_OI: Tensor, quantizers: Mapping[str, Tensor]) ->
     Raises:
         ModelError: if it was not calibrated, or a range is not a finite number above zero.
     """
+    found = _calibrated(name, ("weight_quantizer._amax", "input_quantizer._amax"), quantizers)
+    return Ranges(
+        name,
+        weight_OI.float(),
+        _optional(quantizers, f"{name}.input_quantizer._pre_quant_scale"),
+        found["weight_quantizer._amax"],
+        found["input_quantizer._amax"],
+        _optional(quantizers, f"{name}.input_quantizer._amax_for_smoothing"),
+    )
+
+
+def _calibrated(
+    name: str, wanted: Sequence[str], quantizers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The ranges ``wanted`` of a projection, in float32."""
     found = {}
-    for what in ("weight_quantizer._amax", "input_quantizer._amax"):
+    for what in wanted:
         if f"{name}.{what}" not in quantizers:
             raise ModelError(
                 f"{name} has no {what}: it was not quantized like the rest",
@@ -52,14 +85,7 @@ def ranges_of(name: str, weight_OI: Tensor, quantizers: Mapping[str, Tensor]) ->
                 f"{name}.{what} is zero or not finite",
                 hint="its weights or activations vanish or overflow: evaluate the source first",
             )
-    return Ranges(
-        name,
-        weight_OI.float(),
-        found["weight_quantizer._amax"],
-        found["input_quantizer._amax"],
-        _optional(quantizers, f"{name}.input_quantizer._pre_quant_scale"),
-        _optional(quantizers, f"{name}.input_quantizer._amax_for_smoothing"),
-    )
+    return found
 
 
 def fp8_tensors(parts: Sequence[Ranges]) -> dict[str, Tensor]:
@@ -108,6 +134,33 @@ def int8_tensors(parts: Sequence[Ranges], dtype: torch.dtype) -> dict[str, Tenso
     }
 
 
+def int4_tensors(parts: Sequence[Smoothed], dtype: torch.dtype, block: int) -> dict[str, Tensor]:
+    """INT4 codes of ``parts``, one below the other, with one smoothing for all of them.
+
+    Engines round the scale of a block to ``dtype``, so the codes are made for what is left of it
+    there. Two outputs share a byte: the low half is the even one, both in two's complement.
+    """
+    smoothing_I = _common_smoothing(parts).to(dtype).float()
+    weight_OI = torch.cat(
+        [
+            part.weight
+            if part.smoothing is None or torch.equal(part.smoothing, smoothing_I)
+            else part.weight * (part.smoothing / smoothing_I)
+            for part in parts
+        ]
+    )
+    blocks_OGB = weight_OI.reshape(len(weight_OI), -1, block)
+    scale_OG = (blocks_OGB.abs().amax(2) / _INT4_MAX).to(dtype).float()
+    scale_OG = torch.where(scale_OG > 0, scale_OG, torch.ones_like(scale_OG))  # blocks of zeros
+    codes_OGB = (blocks_OGB / scale_OG[..., None]).round().clamp(-_INT4_MAX - 1, _INT4_MAX)
+    low, high = codes_OGB.to(torch.int8).reshape(len(weight_OI) // 2, 2, -1).unbind(1)
+    return {
+        "weight": (low & 15) | (high << 4),
+        "weights_scaling_factor": scale_OG,
+        "prequant_scaling_factor": smoothing_I.to(dtype),
+    }
+
+
 def _optional(quantizers: Mapping[str, Tensor], name: str) -> Tensor | None:
     return quantizers[name].float().reshape(-1) if name in quantizers else None
 
@@ -116,7 +169,7 @@ def _largest_input(parts: Sequence[Ranges]) -> Tensor:
     return torch.stack([part.input_amax.max() for part in parts]).max()
 
 
-def _common_smoothing(parts: Sequence[Ranges]) -> Tensor:
+def _common_smoothing(parts: Sequence[Smoothed]) -> Tensor:
     given = [part.smoothing for part in parts if part.smoothing is not None]
     if not given:
         return torch.ones(parts[0].weight.shape[1])

@@ -6,7 +6,7 @@ key rows, then its value rows; norms of Gemma are stored as weight + 1. Layers c
 every pipeline stage.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,23 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.errors import ModelError
 from trt_kd.exporters.safetensors_stream import StreamedFile
 from trt_kd.exporters.trtllm_layout import Ranks
-from trt_kd.exporters.trtllm_scales import fp8_tensors, int8_tensors, ranges_of
+from trt_kd.exporters.trtllm_scales import (
+    fp8_tensors,
+    int4_tensors,
+    int8_tensors,
+    ranges_of,
+    smoothed_of,
+)
 
 Split = int | str | None
 """How ranks share a tensor: along a dimension, as ``qkv`` or ``vocab``, or each has all of it."""
+
+_STORED: Mapping[str | None, torch.dtype] = {
+    "FP8": torch.float8_e4m3fn,
+    "W8A8_SQ_PER_CHANNEL": torch.int8,
+    "W4A16_AWQ": torch.int8,
+}
+"""How a quantization algorithm stores its codes."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Source:
     dtype: torch.dtype
     """Of everything that is not quantized."""
     algorithm: str | None
+    block: int | None
+    """Weights along the input that share a scale; None where they do not come in blocks."""
     kv_cache: bool
     """Whether the key-value cache is FP8."""
     weights: Mapping[str, Tensor]
@@ -163,10 +178,10 @@ def share(source: Source, tensor: Tensor, split: Split, rank: int) -> Tensor:
         return padded[rank * rows : (rank + 1) * rows]
     if split == "qkv":
         heads, kv_heads = shape.heads, shape.kv_heads
-        sizes = [count * shape.head_dim for count in (heads, kv_heads, kv_heads)]
-        query, key, value = torch.split(tensor, sizes)
-        own = source.ranks.kv_heads(shape) * shape.head_dim
-        start = rank * kv_heads // tp * shape.head_dim
+        size = len(tensor) // (heads + 2 * kv_heads)  # rows of a head; of codes, half as many
+        query, key, value = torch.split(tensor, [n * size for n in (heads, kv_heads, kv_heads)])
+        own = source.ranks.kv_heads(shape) * size
+        start = rank * kv_heads // tp * size
         shared = (query.chunk(tp)[rank], *(t[start : start + own] for t in (key, value)))
         return torch.cat(shared)
     return tensor.chunk(tp, dim=int(split))[rank]
@@ -253,21 +268,21 @@ def _norm(source: Source, name: str, theirs: str) -> Piece:
 
 def _linear(source: Source, linear: Linear, own: str, theirs: str) -> Piece:
     prefix = f"{own}.{linear.name}"
-    rows, split = sum(linear.rows), linear.split
-    by_row = None if split == 1 else split
-    size, one = (rows, linear.columns), (1,)
-    stored = {"FP8": torch.float8_e4m3fn, "W8A8_SQ_PER_CHANNEL": torch.int8}
-    dtype = stored[source.algorithm] if source.algorithm else source.dtype
-    items = [Item(f"{prefix}.weight", dtype, size, split)]
-    if source.algorithm:
-        items.append(Item(f"{prefix}.activation_scaling_factor", torch.float32, one))
-    if source.algorithm == "FP8":
-        items.append(Item(f"{prefix}.weights_scaling_factor", torch.float32, one))
+    rows, columns, split = sum(linear.rows), linear.columns, linear.split
+    by_row, by_column = (None, 0) if split == 1 else (split, None)
+    one, scale = (1,), torch.float32
+    size = (rows // 2, columns) if source.block else (rows, columns)
+    items = [Item(f"{prefix}.weight", _STORED.get(source.algorithm, source.dtype), size, split)]
+    if source.block:
+        blocks = (rows, columns // source.block)
+        items.append(Item(f"{prefix}.weights_scaling_factor", scale, blocks, split))
     elif source.algorithm:
-        items.append(Item(f"{prefix}.weights_scaling_factor", torch.float32, (rows,), by_row))
-        columns = (linear.columns,)
-        by_column = 0 if split == 1 else None
-        items.append(Item(f"{prefix}.prequant_scaling_factor", source.dtype, columns, by_column))
+        shape, shared = (one, None) if source.algorithm == "FP8" else ((rows,), by_row)
+        items.append(Item(f"{prefix}.activation_scaling_factor", scale, one))
+        items.append(Item(f"{prefix}.weights_scaling_factor", scale, shape, shared))
+    if source.algorithm not in (None, "FP8"):
+        name = f"{prefix}.prequant_scaling_factor"
+        items.append(Item(name, source.dtype, (columns,), by_column))
     if linear.bias:
         items.append(Item(f"{prefix}.bias", source.dtype, (rows,), by_row))
     return Piece(tuple(items), partial(_make_linear, source, linear, prefix, theirs))
@@ -278,16 +293,19 @@ def _make_linear(source: Source, linear: Linear, prefix: str, theirs: str) -> di
     if source.algorithm is None:
         made = {"weight": torch.cat([source.plain(f"{part}.weight") for part in parts])}
     else:
-        ranges = [
-            ranges_of(part, source.tensor(f"{part}.weight"), source.quantizers) for part in parts
-        ]
-        if source.algorithm == "FP8":
-            made = fp8_tensors(ranges)
-        else:
-            made = int8_tensors(ranges, source.dtype)
+        made = _low_bit(source, [(part, source.tensor(f"{part}.weight")) for part in parts])
     if linear.bias:
         made["bias"] = torch.cat([source.plain(f"{part}.bias") for part in parts])
     return {f"{prefix}.{name}": tensor for name, tensor in made.items()}
+
+
+def _low_bit(source: Source, parts: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Codes and scales of projections that are one matrix, from their names and weights."""
+    if source.block:
+        smoothed = [smoothed_of(name, weight, source.quantizers) for name, weight in parts]
+        return int4_tensors(smoothed, source.dtype, source.block)
+    ranges = [ranges_of(name, weight, source.quantizers) for name, weight in parts]
+    return fp8_tensors(ranges) if source.algorithm == "FP8" else int8_tensors(ranges, source.dtype)
 
 
 def _kv_scale(source: Source, name: str, attention: str) -> dict[str, Tensor]:

@@ -146,11 +146,15 @@ def _distill(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 
 def _quantize(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    return (
+    cost = (
         forward_s(model, 2 * config.calibration_tokens),
         6.0 * model.parameters,
-        (2.0 * model.parameters),
+        2.0 * model.parameters,
     )
+    if config.train is None:
+        return cost
+    seconds, memory, disk = _distill(config.train, model, model)
+    return cost[0] + seconds, max(cost[1], memory), cost[2] + disk
 
 
 def _export(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:

@@ -3,7 +3,7 @@
 Nothing here loads a model: what can be refused from settings and ``config.json`` is refused now.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -145,11 +145,14 @@ def check(recipe: Recipe, shapes: Shapes) -> None:
 
 
 def _problems(where: str, spec: ExportSpec, shape: ModelShape) -> list[str]:
-    found: Sequence[str] = ()
-    if spec.quantize is not None:
-        found = spec.quantize.format.check(shape)
-    kind = "quantized" if spec.quantize is not None else "checkpoint"
-    return [f"{where}: {text}" for text in (*found, *spec.lane.check(shape, kind))]
+    if spec.quantize is None:
+        found = spec.lane.check(shape, "checkpoint")
+    else:
+        quantization = spec.quantize.format
+        found = spec.quantize.check(shape) + (
+            spec.lane.check(shape, "quantized") or spec.lane.check_format(shape, quantization)
+        )
+    return [f"{where}: {text}" for text in found]
 
 
 def _state(out: Path, key: str) -> State:

@@ -44,6 +44,7 @@ STAGES: dict[str, Stage] = {
         "sensitivity", "sensitivity", "SensitivityConfig", "cost of formats by layer"
     ),
     "export": _stage("export", "export", "ExportConfig", "write for a runtime and read back"),
+    "pair": _stage("pair", "pair", "PairConfig", "put a draft beside its target"),
     "evaluate": _stage("evaluate", "evaluate", "EvaluateConfig", "measure what ships"),
     "benchmark": _stage("benchmark", "benchmark", "BenchmarkConfig", "time it, interleaved"),
     "report": _stage("report", "report", "ReportConfig", "tables, figures, verdict"),

@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import Plugin
@@ -19,6 +21,20 @@ class QuantizationFormat(Plugin, ABC):
     weight_bits: ClassVar[float]
     """Bits of a weight, scales not counted; 16 where the format chooses for every layer."""
 
+    kv_cache: Literal["none", "fp8"] = "none"
+    """Key-value cache in the model's own type, or in FP8 E4M3 with one static scale for the keys
+    and one for the values of a layer, which come from the calibration text."""
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _no_cache_of_four_bits(cls, value: object) -> object:
+        if value == "nvfp4":
+            raise ValueError(
+                "Model Optimizer simulates an NVFP4 cache with CUDA kernels only, and no export "
+                "of one can be read back here: choose fp8"
+            )
+        return value
+
     @abstractmethod
     def check(self, shape: ModelShape) -> list[str]:
         """Problems of this format with a model of ``shape``, as text; empty if it fits."""
@@ -27,9 +43,22 @@ class QuantizationFormat(Plugin, ABC):
     def modelopt_config(self) -> dict[str, Any]:
         """Settings for ``modelopt.torch.quantization.quantize``; a copy, safe to change.
 
+        They speak of the projections; those of the cache come from ``cache_settings``.
+
         Raises:
             MissingDependencyError: if Model Optimizer is not installed.
         """
+
+    def cache_settings(self) -> list[dict[str, Any]]:
+        """Settings of the quantizers of keys and values; empty where ``kv_cache`` is ``none``.
+
+        Raises:
+            MissingDependencyError: if Model Optimizer is not installed.
+        """
+        if self.kv_cache == "none":
+            return []
+        settings: list[dict[str, Any]] = preset("FP8_KV_CFG")["quant_cfg"]
+        return [entry for entry in settings if entry["quantizer_name"] != "*"]
 
     def outside(self) -> dict[str, str]:
         """Fingerprints of what the settings name but do not hold."""

@@ -3,7 +3,7 @@
 Shape suffixes: N blocks, L tokens of a block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,8 @@ def calibrate(
         kept["chosen"] = search(model, quantization, batches)
     else:
         _calibrate_all(model, quantization, batches)
+    if settings := quantization.cache_settings():
+        _calibrate_cache(model, settings, batches)
     check_scales(model)
     return kept
 
@@ -53,17 +55,45 @@ def _calibrate_all(
     model: "PreTrainedModel", quantization: QuantizationFormat, batches: "Sequence[Tensor]"
 ) -> None:
     """Quantize every projection in one format."""
-    import torch
-
     mtq = modelopt("quantization")
+    with quiet():
+        mtq.quantize(model, quantization.modelopt_config(), _forward_loop(batches, "calibrate"))
+
+
+def _calibrate_cache(
+    model: "PreTrainedModel", settings: list[dict[str, Any]], batches: "Sequence[Tensor]"
+) -> None:
+    """Find the ranges of keys and values, all projections computing unquantized meanwhile.
+
+    Raises:
+        ModelError: if an attention layer has no place for the quantizers.
+    """
+    mtq = modelopt("quantization")
+    alone = [{"quantizer_name": "*", "enable": False}, *settings]
+    with quiet():
+        mtq.set_quantizer_by_cfg(model, settings)
+        with mtq.set_quantizer_by_cfg_context(model, alone):
+            mtq.calibrate(model, "max", _forward_loop(batches, "calibrate the cache"))
+    found = sum(q.is_enabled for name, q in quantizers(model) if name.endswith("_bmm_quantizer"))
+    expected = 2 * model.config.num_hidden_layers
+    if found != expected:
+        raise ModelError(
+            f"Model Optimizer quantizes {found} of the {expected} keys and values of this "
+            f"{model.config.model_type} model",
+            hint="quantize it with kv_cache=none",
+        )
+
+
+def _forward_loop(batches: "Sequence[Tensor]", what: str) -> "Callable[[PreTrainedModel], None]":
+    """A function that runs a model over ``batches``."""
+    import torch
 
     def forward_loop(network: "PreTrainedModel") -> None:
         with torch.inference_mode():
-            for ids_BL in tqdm(batches, desc="calibrate", disable=None):
+            for ids_BL in tqdm(batches, desc=what, disable=None):
                 network(ids_BL, use_cache=False, logits_to_keep=1)  # the head is never quantized
 
-    with quiet():
-        mtq.quantize(model, quantization.modelopt_config(), forward_loop)
+    return forward_loop
 
 
 def check_scales(model: "nn.Module") -> None:

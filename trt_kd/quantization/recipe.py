@@ -49,6 +49,11 @@ class Recipe(QuantizationFormat):
     def _one_of_both(self) -> Self:
         if (self.name is None) == (self.file is None):
             raise ValueError("give either name or file of the recipe")
+        if self.kv_cache != "none":
+            raise ValueError(
+                "a recipe says itself what the cache is: name one that ends in -kv_fp8, or set "
+                "kv_cache of a plain format"
+            )
         return self
 
     def outside(self) -> dict[str, str]:

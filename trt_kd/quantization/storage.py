@@ -1,7 +1,8 @@
 """Keep a calibrated model without pickle: the source's files and one file of quantizer state.
 
 ``quantizers.safetensors`` holds the tensors of every quantizer, and the weights that calibration
-changed (smoothing moves scales into them); all else is the source's, byte for byte.
+changed (smoothing moves scales into them); all else is the source's, byte for byte, but for the
+weights of a model that was trained in its quantizers.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.artifacts import Artifact
-from trt_kd.checkpoints import load_model
+from trt_kd.checkpoints import load_model, save_model
 from trt_kd.config import build_plugin
 from trt_kd.errors import ModelError
 from trt_kd.quantization import FORMATS
@@ -34,12 +35,38 @@ def save_quantized(
 
     ``kept`` is what ``calibrate`` returned.
     """
-    from safetensors.torch import save_file
-
     for name in source.manifest.files:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, out / name)
-    state = _changed_weights(model, source.path)
+    _save_state(model, out, kept)
+
+
+def save_trained(model: "PreTrainedModel", calibrated: Artifact, out: Path) -> None:
+    """Write to ``out`` a ``model`` restored from ``calibrated`` and trained in its quantizers.
+
+    Its own weights take the place of the source's, without the smoothing: again a stock checkpoint.
+
+    Raises:
+        ModelError: if what was kept of the calibration cannot be read.
+    """
+    import torch
+
+    from trt_kd.quantization.training import stock_weights
+
+    told, _ = _read_state(calibrated.path)
+    plain, weights = load_model(calibrated.path), stock_weights(model)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(weights[name])
+    save_model(plain, out, tokenizer_from=calibrated.path)
+    _save_state(model, out, told["kept"])
+
+
+def _save_state(model: "PreTrainedModel", out: Path, kept: Mapping[str, Any]) -> None:
+    """Write what the quantizers hold, and what the checkpoint in ``out`` does not, beside it."""
+    from safetensors.torch import save_file
+
+    state = _changed_weights(model, out)
     promoted = []
     for name, quantizer in quantizers(model):
         tensors = dict(quantizer.named_buffers(recurse=False))
@@ -91,22 +118,16 @@ def load_quantized(directory: Path, *, dtype: str | None = None) -> "PreTrainedM
         ModelError: if the quantizers' state is damaged or does not fit the model.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     mtq = modelopt("quantization")
     artifact = Artifact.open(directory, expect="quantized")
-    try:
-        with safe_open(directory / QUANTIZERS, framework="pt") as file:
-            told = json.loads((file.metadata() or {})["state"])
-            names = file.keys()
-            state = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ModelError(
-            f"{directory / QUANTIZERS} cannot be read: {error}", hint="quantize the model again"
-        ) from error
+    told, state = _read_state(directory)
     model = load_model(directory, dtype=dtype)
+    quantization = format_of(artifact)
+    settings = quantization.restored_config(told["kept"])
+    settings["quant_cfg"] = [*settings["quant_cfg"], *quantization.cache_settings()]
     with quiet():
-        mtq.quantize(model, format_of(artifact).restored_config(told["kept"]))
+        mtq.quantize(model, settings)
     if dtype is not None:
         target = getattr(torch, dtype)
         state = {k: v.to(target) if v.is_floating_point() else v for k, v in state.items()}
@@ -114,6 +135,21 @@ def load_quantized(directory: Path, *, dtype: str | None = None) -> "PreTrainedM
     with torch.inference_mode():  # block quantizers settle their shapes on first use
         model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     return model
+
+
+def _read_state(directory: Path) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+    """What the quantizers' file tells, and its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(directory / QUANTIZERS, framework="pt") as file:
+            told = json.loads((file.metadata() or {})["state"])
+            names = file.keys()
+            return told, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"{directory / QUANTIZERS} cannot be read: {error}", hint="quantize the model again"
+        ) from error
 
 
 def _restore(model: "nn.Module", state: dict[str, "Tensor"], promoted: list[str]) -> None:

@@ -1,13 +1,12 @@
 """From finished artifacts to the rows of the report and the evidence behind them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact
+from trt_kd.checkpoints import read_json
 from trt_kd.config import validate
 from trt_kd.errors import ArtifactError
 from trt_kd.reporting.evidence import Evidence, read_blocks, read_items, read_runs
@@ -152,7 +151,7 @@ def export_rows(sources: Sources) -> list[ExportRow]:
 def environment_of(sources: Sources) -> dict[str, Any]:
     """The machine that did the timing, or the first evaluation, or that made the baseline."""
     if sources.benchmark is not None:
-        hardware = _json(sources.benchmark.path / "benchmark.json").get("hardware")
+        hardware = read_json(sources.benchmark.path / "benchmark.json").get("hardware")
         return dict(hardware or sources.benchmark.manifest.environment)
     chosen = next(iter(sources.roles.values()))
     return dict(chosen.get("evaluation", chosen["model"]).manifest.environment)
@@ -216,7 +215,7 @@ def format_of(artifact: Artifact) -> str:
         if chosen:
             return str(chosen["kind"] if isinstance(chosen, dict) else chosen)
     path = artifact.path / "config.json"
-    config = _json(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     return str(config.get("dtype") or config.get("torch_dtype") or _kind(artifact))
 
 
@@ -283,7 +282,7 @@ def _timed(benchmark: Artifact | None) -> dict[str, list[dict[str, Any]]]:
     if benchmark is None:
         return {}
     path = benchmark.path / "benchmark.json"
-    content = _json(path)
+    content = read_json(path)
     if content.get("schema_version") != 1:
         raise ArtifactError(
             f"{path} has schema version {content.get('schema_version')!r}, not 1",
@@ -338,15 +337,3 @@ def _seconds(parts: Mapping[str, Artifact]) -> dict[str, float]:
 def _number(artifact: Artifact, name: str) -> float | None:
     value = artifact.metrics.get(name)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds no JSON object")
-    return content

@@ -267,7 +267,7 @@ def distill(
         work = work_directory(out)
         tokenizer = load_tokenizer(student.path)
         with processes.main_first():
-            text = _text(config, tokenizer)
+            text = text_of(config, tokenizer)
             if processes.main:
                 check_space(out.parent, read_shape(student.path).parameters)
                 keys = {role: artifact.key for role, artifact in inputs.items()}
@@ -306,7 +306,7 @@ def require_modelopt() -> None:
         require("modelopt.torch.distill.plugins.huggingface", extra="compress")
 
 
-def _text(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
+def text_of(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """All blocks of the run."""
     blocks = token_blocks(
         config.data, tokenizer, split="train", count=config.sequences, seed=config.seed

@@ -92,6 +92,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
         ArtifactError: if an input has another name, is damaged, or the baseline has no model.
     """
     from trt_kd.reporting import collect
+    from trt_kd.reporting.proposals import proposals
     from trt_kd.reporting.pruning import pruning_of
     from trt_kd.reporting.search import search_of
     from trt_kd.reporting.training import training_of
@@ -116,6 +117,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact]) -> Report:
         notes=[*config.notes, *collect.notes(sources)],
     )
     evidence = collect.evidence(sources)
+    found = found.model_copy(update={"notes": [*found.notes, *proposals(found, evidence)]})
     judged = [decide(gate, found, evidence) for gate in config.gates]
     notes = found.notes if judged else [*found.notes, "No gates: nothing decides release."]
     verdict = overall(gate.verdict for gate in judged)
