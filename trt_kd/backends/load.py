@@ -102,6 +102,10 @@ class LoadGenerator(Plugin, ABC):
         """Where the tokenizer of ``target`` lies."""
         return target
 
+    def limits(self) -> Mapping[str, float]:
+        """Milliseconds by the names of ``TIMES`` that a request must keep to be good."""
+        return {}
+
     def loads(self, workloads: Sequence[Workload]) -> list[Load]:
         """One for every workload and for every request rate."""
         one = workloads[0].model_copy(update={"batch_size": 1})

@@ -154,6 +154,10 @@ class OpenaiServer(LoadGenerator):
         exact = count if self.length == "exact" else None
         return read_report(report, requests=self.requests(load), output_tokens=exact)
 
+    def limits(self) -> Mapping[str, float]:
+        """See the base class."""
+        return {} if self.slo is None else self.slo.model_dump(exclude_none=True)
+
     def settings(self, target: Path, load: Load, folder: Path) -> dict[str, Any]:
         """Content of AIPerf's file for one run."""
         parts = urlsplit(self.url)
@@ -192,7 +196,7 @@ class OpenaiServer(LoadGenerator):
             "runtime": {"ui": "none"},
         }
         if self.slo is not None:
-            limits = self.slo.model_dump(exclude_none=True)
+            limits = self.limits()
             benchmark["slos"] = {_TIMES[name]: value for name, value in limits.items()}
         return {"schemaVersion": "2.0", "randomSeed": 0, "benchmark": benchmark}
 

@@ -14,13 +14,15 @@ from trt_kd.reporting.formatting import (
     significant,
     times,
 )
-from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant
-from trt_kd.reporting.readings import matching, mean_accuracy
+from trt_kd.reporting.model import GateResult, Report, Role, Variant
+from trt_kd.reporting.readings import load_text, matching, mean_accuracy
+from trt_kd.reporting.speed_figures import slo_text
+from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
 
 
 def workloads(report: Report) -> Table:
-    """Every timed workload of every variant, percentiles included."""
+    """Every workload that our clock timed, of every variant, percentiles included."""
     titles = [
         "Batch",
         "In + out",
@@ -35,6 +37,8 @@ def workloads(report: Report) -> Table:
     rows = []
     for variant in report.variants:
         for record in variant.speed:
+            if record.under_load:
+                continue
             start = matching(report, base, record)
             ratio = record.output_tokens_per_s / start.output_tokens_per_s if start else None
             change = "" if ratio is None or variant is base else times(ratio)
@@ -56,6 +60,57 @@ def workloads(report: Report) -> Table:
             label = f"{record.backend} {record.format}" + (f"; {steady}" if steady else "")
             rows.append(Row(variant.name, cells, variant is base, label))
     return Table("Variant", titles, rows)
+
+
+def loads(report: Report) -> Table:
+    """Every load of every variant: latencies, throughput, and what of it met the limits."""
+    titles = [
+        "Load",
+        "In + out",
+        "TTFT p50 / p90 / p99 (ms)",
+        "TPOT p50 / p90 / p99 (ms)",
+        "Throughput (tok/s)",
+        "Per user (tok/s)",
+        "Requests/s",
+        "Goodput (requests/s)",
+        "Good (%)",
+    ]
+    rows = []
+    for variant in report.variants:
+        for record in variant.load:
+            steady = "not steady" if record.steady is False else ""
+            label = "; ".join(filter(None, [f"{record.backend} {record.format}", steady]))
+            rows.append(
+                Row(variant.name, _load_cells(record), variant is report.variants[0], label)
+            )
+    limits = {slo_text(record.slo) for v in report.variants for record in v.load if record.slo}
+    said = f"Good: a request with {' or '.join(sorted(limits))}. " if limits else ""
+    return Table("Variant", titles, rows, f"{said}{LOADS}")
+
+
+LOADS = (
+    "Percentiles over the requests of a run, medians over runs. Throughput: median over runs, "
+    "± half range. Per user: generation only."
+)
+
+
+def _load_cells(record: LoadRecord) -> list[Cell]:
+    good, every = record.goodput_requests_per_s, record.requests_per_s
+    return [
+        Cell(load_text(record)),
+        Cell(f"{record.input_tokens} + {record.output_tokens}"),
+        Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
+        Cell(_three(record.tpot_ms.p50, record.tpot_ms.p90, record.tpot_ms.p99)),
+        Cell(significant(record.output_tokens_per_s), f"{fixed(100 * record.spread, 0)} %"),
+        _known(record.tokens_per_s_per_user),
+        _known(every),
+        _known(good),
+        Cell(fixed(100 * good / every, 0)) if good is not None and every else Cell(),
+    ]
+
+
+def _known(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(significant(value))
 
 
 def _floor(record: SpeedRecord) -> tuple[Cell, Cell]:

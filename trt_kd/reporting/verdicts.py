@@ -23,7 +23,8 @@ from trt_kd.reporting.intervals import (
     ratio_of,
     wilson_interval,
 )
-from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant, Verdict
+from trt_kd.reporting.model import GateResult, Report, Role, Variant, Verdict
+from trt_kd.reporting.speed_model import SpeedRecord
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks
 from trt_kd.measuring.rounds import Rounds
 from trt_kd.registry import Registry
+from trt_kd.reporting.drawing import file_name, standalone
+from trt_kd.reporting.speed import timed
+from trt_kd.reporting.speed_figures import benchmark_figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,7 +144,7 @@ class Measured:
 
 
 def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Artifact:
-    """Measure ``variants``, checkpoints and exports by name, and write the records to ``out``.
+    """Measure ``variants``, checkpoints and exports by name; write records and figures to ``out``.
 
     A workload that fails is recorded with its reason and the others are measured.
 
@@ -152,6 +155,13 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
         MissingDependencyError: if the load generator is not installed.
         TrtKdError: if a variant cannot be loaded, or fails at every workload.
     """
+    return measured(config, variants, out, draw=True)
+
+
+def measured(
+    config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path, *, draw: bool = False
+) -> Artifact:
+    """See ``benchmark``; ``draw`` says whether there are figures."""
     if not variants:
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
     measure = _decoded if config.load_generator is None else _loaded
@@ -166,9 +176,16 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
             "peaks": found.peaks,
             "variants": found.records,
         }
+        if config.load_generator is not None:
+            tool = config.load_generator
+            result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
+        if draw:
+            for drawing in benchmark_figures(timed(result)):
+                text = standalone(drawing)
+                (draft.path / file_name(drawing)).write_text(text, encoding="utf-8")
         for name, lines in found.raw.items():
             text = "".join(f"{json.dumps(line)}\n" for line in lines)
             (draft.path / name).write_text(text, encoding="utf-8")
