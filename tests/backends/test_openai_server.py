@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from trt_kd.backends.load import Load, load_record, rows_needed, sweep
+from trt_kd.backends.load import Load, Workplace, load_record, rows_needed, sweep
 from trt_kd.backends.openai_server import OpenaiServer, Slo, read_report
 from trt_kd.config import validate
 from trt_kd.errors import ConfigError, MissingDependencyError, ServerError
@@ -181,9 +181,9 @@ def test_a_server_that_goes_loses_no_load_that_was_measured(tool, teacher, tmp_p
         return real(self, target, load, folder)
 
     tool.setattr(OpenaiServer, "run", failing)
-    found = sweep(generator, {"a": teacher.path}, prompts, loads, repeats=1, folder=tmp_path / "f")[
-        "a"
-    ]
+    found = sweep(
+        generator, {"a": teacher.path}, prompts, loads, repeats=1, place=Workplace(tmp_path / "f")
+    )["a"]
     assert [runs.error is None for runs in found] == [True, False, True]
     assert "connection reset" in load_record(found[1], spread_limit=1.0)["error"]
 

@@ -77,13 +77,16 @@ def _compare(
             ratios = [asdict(each) for each in found]
             print_json({"compared": compared, "ratios_b_to_a": ratios, "benchmark": content})
             return
-    rows = [["batch", "metric", "B / A", "95 % interval", "rounds", ""]]
+    rows = [["batch", "in + out", "metric", "B / A", "95 % interval", "rounds", ""]]
     for each in found:
         known = each.ratio is not None
         interval = f"{each.low:.3f} to {each.high:.3f}" if known else "-"
         note = each.reason or ("" if each.steady else "not steady: no verdict")
         ratio = f"{each.ratio:.3f}" if known else "-"
-        rows.append([str(each.batch_size), each.metric, ratio, interval, str(each.pairs), note])
+        lengths = f"{each.input_tokens} + {each.output_tokens}"
+        rows.append(
+            [str(each.batch_size), lengths, each.metric, ratio, interval, str(each.pairs), note]
+        )
     print(table(rows))
 
 

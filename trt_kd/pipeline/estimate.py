@@ -170,9 +170,11 @@ def _evaluate(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 def _benchmark(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     rounds = config.warmup + config.repeats
     seconds = 0.0
-    for batch in config.batch_sizes:
-        prefill = forward_s(model, batch * config.input_tokens)
-        decode = config.output_tokens * max(forward_s(model, batch), 4.0 * model.parameters / 1e10)
+    for workload in config.rounds.workloads:
+        batch = workload.batch_size
+        prefill = forward_s(model, batch * workload.input_tokens)
+        step_s = max(forward_s(model, batch), 4.0 * model.parameters / 1e10)
+        decode = workload.output_tokens * step_s
         seconds += 4 * rounds * (prefill + decode)
     return seconds, 12.0 * teacher.parameters, 1e6
 

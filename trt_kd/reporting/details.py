@@ -17,7 +17,7 @@ from trt_kd.reporting.formatting import (
 from trt_kd.reporting.model import GateResult, Report, Role, Variant
 from trt_kd.reporting.readings import load_text, matching, mean_accuracy
 from trt_kd.reporting.speed_figures import slo_text
-from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
+from trt_kd.reporting.speed_model import LoadRecord, Percentiles
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
 
 
@@ -28,6 +28,8 @@ def workloads(report: Report) -> Table:
         "In + out",
         "TTFT p50 / p90 / p99 (ms)",
         "ITL p50 / p90 / p99 (ms)",
+        "TTFT floor (ms)",
+        "Floor / TTFT p50 (%)",
         "ITL floor (ms)",
         "Floor / ITL p50 (%)",
         "Throughput (tok/s)",
@@ -48,7 +50,8 @@ def workloads(report: Report) -> Table:
                 Cell(f"{record.input_tokens} + {record.output_tokens}"),
                 Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
                 Cell(_three(itl.p50, itl.p90, itl.p99)) if itl else Cell(),
-                *_floor(record),
+                *_floor(record.prefill_floor_ms, record.prefill_bound, record.ttft_ms),
+                *_floor(record.decode_floor_ms, record.decode_bound, record.itl_ms),
                 Cell(
                     significant(record.output_tokens_per_s),
                     f"{fixed(100 * record.spread, 0)} %",
@@ -113,14 +116,14 @@ def _known(value: float | None) -> Cell:
     return Cell() if value is None else Cell(significant(value))
 
 
-def _floor(record: SpeedRecord) -> tuple[Cell, Cell]:
+def _floor(
+    floor_ms: float | None, bound: str | None, taken: Percentiles | None
+) -> tuple[Cell, Cell]:
     """The floor with what sets it, and the share of it that was reached."""
-    floor_ms = record.decode_floor_ms
     if not floor_ms:
         return Cell(MISSING), Cell(MISSING)
-    bound = f" ({record.decode_bound})" if record.decode_bound else ""
-    share = fixed(100 * floor_ms / record.itl_ms.p50, 0) if record.itl_ms else MISSING
-    return Cell(significant(floor_ms) + bound), Cell(share)
+    share = fixed(100 * floor_ms / taken.p50, 0) if taken else MISSING
+    return Cell(significant(floor_ms) + (f" ({bound})" if bound else "")), Cell(share)
 
 
 def _three(*values: float) -> str:

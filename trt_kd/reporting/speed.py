@@ -77,7 +77,8 @@ def _good(records: list[Raw]) -> Iterator[Raw]:
 def _workload(record: Raw) -> str:
     if "request_rate" in record:
         return f"{record['request_rate']:g} requests per second"
-    return f"batch size {record['batch_size']}"
+    lengths = f"{record['input_tokens']} + {record['output_tokens']} tokens"
+    return f"batch size {record['batch_size']}, {lengths},"
 
 
 def _speed_record(record: Raw, *, under_load: bool) -> SpeedRecord:

@@ -14,7 +14,7 @@ from trt_kd.reporting.drawing import Drawing
 from trt_kd.reporting.marks import Plane, Series, line_drawing
 from trt_kd.reporting.model import Report, Role
 from trt_kd.reporting.speed import Timed
-from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
+from trt_kd.reporting.speed_model import LoadRecord, Percentiles, SpeedRecord
 
 COLOURS: dict[Role, str] = {
     "teacher": "#8a8a8a",
@@ -90,8 +90,8 @@ def speed_figures(curves: Sequence[Curve]) -> list[Drawing]:
     """Every figure of workloads by our clock that has two points to join."""
     at = _most_measured(record for curve in curves for record in curve.speed)
     drawn = [
-        _throughput(curves, at), _latency(curves, at), _trade(curves, at), _roofline(curves, at),
-        _prompts(curves),
+        _throughput(curves, at), _latency(curves, at), _trade(curves, at),
+        _roofline(curves, at, DECODING), _roofline(curves, at, PREFILL), _prompts(curves),
     ]  # fmt: skip
     return [drawing for drawing in drawn if drawing is not None]
 
@@ -170,22 +170,45 @@ def _trade(curves: Sequence[Curve], at: Lengths) -> Drawing | None:
     return line_drawing("Throughput against latency", text, series, plane)
 
 
-def _roofline(curves: Sequence[Curve], at: Lengths) -> Drawing | None:
+@dataclass(frozen=True)
+class Phase:
+    """A part of answering that has a floor."""
+
+    title: str
+    over: str
+    step: str
+    floor: Callable[[SpeedRecord], tuple[float | None, str | None]]
+    taken: Callable[[SpeedRecord], Percentiles | None]
+
+
+DECODING = Phase(
+    "Share of the roofline", "ITL", "a decoding step",
+    lambda r: (r.decode_floor_ms, r.decode_bound), lambda r: r.itl_ms,
+)  # fmt: skip
+PREFILL = Phase(
+    "Share of the roofline in prefill", "TTFT", "reading the prompts",
+    lambda r: (r.prefill_floor_ms, r.prefill_bound), lambda r: r.ttft_ms,
+)  # fmt: skip
+
+
+def _roofline(curves: Sequence[Curve], at: Lengths, phase: Phase) -> Drawing | None:
     series = []
     for curve, records in _by_batch(curves, at):
-        known = [(r, r.decode_floor_ms, r.itl_ms.p50) for r in records if r.itl_ms]
-        shares = [(r, 100 * floor / itl) for r, floor, itl in known if floor]
-        if shares:
-            marks = [BOUNDS.get(r.decode_bound or "", curve.marker) for r, _ in shares]
-            line = [(float(r.batch_size), share) for r, share in shares]
+        line, marks = [], []
+        for record in records:
+            (floor_ms, bound), taken = phase.floor(record), phase.taken(record)
+            if floor_ms and taken:
+                line.append((float(record.batch_size), 100 * floor_ms / taken.p50))
+                marks.append(BOUNDS.get(bound or "", curve.marker))
+        if line:
             series.append(curve.series(line, markers=marks))
     top = max([100.0, *(1.05 * y for one in series for _, y in one.points)])
-    plane = Plane("batch size", "floor / ITL p50 (%)", logarithmic=True, top=top)
+    plane = Plane("batch size", f"floor / {phase.over} p50 (%)", logarithmic=True, top=top)
     text = (
-        "Least time of a decoding step at this machine's measured peaks over the time it took. "
+        f"Least time of {phase.step} at this machine's measured peaks over the time it took. "
         f"What sets it: circles weights, squares the cache, triangles arithmetic. {_said(at)}."
     )
-    return line_drawing("Share of the roofline", text, series, plane)
+    return line_drawing(phase.title, text, series, plane)
 
 
 def _prompts(curves: Sequence[Curve]) -> Drawing | None:

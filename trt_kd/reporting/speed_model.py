@@ -43,6 +43,10 @@ class SpeedRecord(Record):
     """Half the range of output_tokens_per_s over the repeats, as a share of the median."""
     peak_memory_bytes: int | None = None
     """Largest resident memory of the process that ran it."""
+    prefill_floor_ms: float | None = None
+    """Least time of reading the prompts on this machine, from its measured peaks (roofline)."""
+    prefill_bound: Literal["weights", "cache", "compute"] | None = None
+    """What that least time waits for: reading weights, writing the cache, or arithmetic."""
     decode_floor_ms: float | None = None
     """Least time of one decoding step on this machine, from its measured peaks (roofline)."""
     decode_bound: Literal["weights", "cache", "compute"] | None = None

@@ -235,7 +235,7 @@ def _speed(gate: Gate, rows: list[Variant], report: Report, evidence: Evidence) 
         records += matching
         role: Role = row.role if row.speed or row.same_speed_as is None else row.same_speed_as
         timed = evidence.runs.get(role, {}).get(matching[0].batch_size, [])
-        runs.append([run for run in timed if len(run.step_s) == matching[0].output_tokens])
+        runs.append([run for run in timed if _timed_as(run, matching[0])])
     if gate.metric == "peak_memory_bytes":
         return _memory(rows, records, gate.mode)
     values = [_recorded(record, gate) for record in records]
@@ -246,6 +246,11 @@ def _speed(gate: Gate, rows: list[Variant], report: Report, evidence: Evidence) 
     if drifting:
         return replace(found, reason=f"the repeats of {' and '.join(drifting)} were not steady")
     return found
+
+
+def _timed_as(run: TimedRun, record: SpeedRecord) -> bool:
+    lengths = (run.input_tokens or record.input_tokens, len(run.step_s))
+    return lengths == (record.input_tokens, record.output_tokens)
 
 
 def _matches(gate: Gate, record: SpeedRecord) -> bool:
