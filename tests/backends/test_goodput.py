@@ -32,6 +32,8 @@ out.mkdir()
 recorded = json.loads(Path(os.environ["RECORDED"]).read_text())[load]
 if recorded is None:
     sys.exit("connection reset by peer")
+if settings["endpoint"]["url"] not in os.environ["REAL"]:
+    recorded["output_token_throughput"]["avg"] *= float(os.environ["ALONE"])
 (out / "profile_export_aiperf.json").write_text(json.dumps(recorded))
 """
 
@@ -51,7 +53,7 @@ def server(teacher):
 
 def settings(server, text_file, **options):
     tool = {"kind": "openai-server", "url": server.url, "model": "tiny", "slo": SLO}
-    tool |= {"requests_per_slot": 3, "requests_at_rate": 20} | options
+    tool |= {"requests_per_slot": 3, "requests_at_rate": 20, "null_server": False} | options
     return validate(
         BenchmarkConfig,
         {"data": {"source": {"kind": "text", "files": [str(text_file)]}}, "repeats": 1}
@@ -67,8 +69,10 @@ def reported(made: Artifact, teacher: Artifact, out: Path, name: str = "benchmar
 
 
 @pytest.fixture
-def replay(program, monkeypatch):
+def replay(program, monkeypatch, server):
     program("aiperf", REPLAY)
+    monkeypatch.setenv("REAL", server.url)
+    monkeypatch.setenv("ALONE", "5")
     monkeypatch.setenv("RECORDED", str(RECORDED))
     return monkeypatch
 
@@ -159,15 +163,37 @@ def test_a_load_that_failed_is_a_note_and_the_others_stand(
     assert "20 requests per second" in notes[1]
 
 
+@pytest.mark.parametrize("alone", ["5", "3", "2.9"])
+def test_a_client_without_headroom_is_told_and_decides_no_gate(
+    replay, server, text_file, teacher, tmp_path, alone
+):
+    replay.setenv("ALONE", alone)
+    config = settings(server, text_file, null_server=True, request_rates=[5.0])
+    config = config.model_copy(update={"batch_sizes": (1, 2)})
+    made = benchmark(config, out=tmp_path / "b", teacher=teacher)
+    gate = {"name": "fast", "variant": "teacher", "metric": "output_tokens_per_s", "min": 1.0}
+    enough = float(alone) >= 3
+    asked = ReportConfig.model_validate({"gates": [gate]})
+    inputs = {"teacher.model": teacher, "benchmark": made}
+    found = read_report(report(asked, out=tmp_path / "r", **inputs).path)
+    told = [record.client_headroom for record in found.variants[0].load]
+    assert told == [pytest.approx(float(alone)), pytest.approx(float(alone)), None]
+    labels = [row.detail for row in loads(found).rows]
+    assert ["the client alone is only" in label for label in labels] == [not enough] * 2 + [False]
+    assert ("the client alone" in found.gates[0].reason) is not enough
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("aiperf"), reason="AIPerf is not on the PATH")
 def test_aiperf_sweeps_a_server_and_the_report_shows_goodput(server, text_file, teacher, tmp_path):
-    config = settings(server, text_file).model_copy(update={"batch_sizes": (1, 4, 16)})
+    config = settings(server, text_file, null_server=True)
+    config = config.model_copy(update={"batch_sizes": (1, 16)})
     made = benchmark(config, out=tmp_path / "b", teacher=teacher)
     found = read_report(reported(made, teacher, tmp_path / "r").path)
-    assert [record.concurrency for record in found.variants[0].load] == [1, 4, 16]
+    assert [record.concurrency for record in found.variants[0].load] == [1, 16]
     for record in found.variants[0].load:
         assert record.output_tokens_per_s == pytest.approx(8 * record.requests_per_s)
+        assert record.client_headroom > 0
         assert 0 <= record.goodput_requests_per_s <= 1.001 * record.requests_per_s
     page = (tmp_path / "r/report.html").read_text(encoding="utf-8")
     assert "Goodput by requests in flight" in page

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SHARES = tuple(f"p{share}" for share in PERCENTILES)
 TIMES = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+LEAST_HEADROOM = 3.0
+"""A client that is not this many times faster than the server is part of what it measures."""
 _TOLD_CHARACTERS = 300
 
 
@@ -66,6 +68,8 @@ class Runs:
     runs: list[LoadRun] = field(default_factory=list)
     error: str | None = None
     """Why there is no measurement."""
+    client_headroom: float | None = None
+    """How many times this rate the client reaches without a model; None if not known."""
 
 
 class LoadGenerator(Plugin, ABC):
@@ -98,6 +102,16 @@ class LoadGenerator(Plugin, ABC):
             OutOfMemoryError: if there is too little memory for this load.
             TrtKdError: if the tool fails or its answer is not what was asked.
         """
+
+    def run_without_model(self, target: Path, load: Load, folder: Path) -> LoadRun | None:
+        """The same run where nothing is computed, which tells what the client can do at most.
+
+        None where no client stands between, where the load sets the rate, or if not wanted.
+
+        Raises:
+            TrtKdError: if the tool fails.
+        """
+        return None
 
     def tokenizer_folder(self, target: Path) -> Path:
         """Where the tokenizer of ``target`` lies."""
@@ -138,14 +152,14 @@ class Workplace:
         if kept is None:
             return False
         for name, runs in at_load.items():
-            runs.runs.extend(LoadRun(**run) for run in kept[name])
+            runs.runs.extend(LoadRun(**run) for run in kept[name]["runs"])
+            runs.client_headroom = kept[name]["client_headroom"]
         return True
 
     def keep(self, number: int, at_load: Mapping[str, Runs]) -> None:
         """Keep the runs of a load that did not fail."""
         if self.finished and all(runs.error is None for runs in at_load.values()):
-            lines = {name: [asdict(run) for run in runs.runs] for name, runs in at_load.items()}
-            self.finished.keep(f"load-{number}", lines)
+            self.finished.keep(f"load-{number}", {n: asdict(runs) for n, runs in at_load.items()})
 
 
 def _turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
@@ -173,6 +187,30 @@ def _run(
         raise
     shutil.rmtree(folder)
     return None
+
+
+def _run_client(
+    generator: LoadGenerator, target: Path, load: Load, folder: Path, runs: Runs
+) -> None:
+    """Fill in how much faster the client alone is; a run that fails leaves that open."""
+    folder.mkdir(parents=True)
+    try:
+        alone = generator.run_without_model(target, load, folder)
+    except TrtKdError as error:
+        logger.warning("the client's headroom is not known: %s", error.args[0])
+        alone = None
+    finally:
+        shutil.rmtree(folder)
+    if alone is None:
+        return
+    rate = median([run.rates["output_tokens_per_s"] or 0.0 for run in runs.runs])
+    runs.client_headroom = (alone.rates["output_tokens_per_s"] or 0.0) / rate
+    if runs.client_headroom < LEAST_HEADROOM:
+        logger.warning(
+            "the client reaches only %.1f times this rate without a model: it is part of what was "
+            "measured, and no gate uses it",
+            runs.client_headroom,
+        )
 
 
 def sweep(
@@ -213,6 +251,8 @@ def sweep(
                 with_rows = replace(load, prompts=rows)
                 error = _run(generator, targets[name], with_rows, place.folder, at_load[name])
                 first |= {} if error is None or name in first else {name: error}
+                if repeat == repeats - 1 and error is None:
+                    _run_client(generator, targets[name], with_rows, place.folder, at_load[name])
         used += repeats * size
         if not measured:
             place.keep(number, at_load)
@@ -243,6 +283,7 @@ def load_record(runs: Runs, *, spread_limit: float) -> dict[str, Any]:
     found |= summarise_rates([{name: run.rates.get(name) for name in RATES} for run in runs.runs])
     return found | {
         "goodput_requests_per_s": median(known) if known else None,
+        "client_headroom": runs.client_headroom,
         "intervals": intervals,
         "steady": found["spread"] <= spread_limit,
     }

@@ -29,6 +29,7 @@ from trt_kd.backends.load import (
     require_program,
     run_program,
 )
+from trt_kd.backends.null_server import NullServer
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError, ServerError
@@ -94,6 +95,9 @@ class OpenaiServer(LoadGenerator):
     refuses shorter answers; ``natural`` lets them end, ``output_tokens`` being the most."""
     slo: Slo | None = None
     """What makes a request good, for goodput."""
+    null_server: bool = True
+    """Whether the client is measured alone as well, once for every number of requests in flight,
+    against a server without a model; below 3 times the rate a record decides no gate."""
     key_env: Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)] = None
     """Environment variable that holds the server's key; the key is never stored."""
 
@@ -153,6 +157,14 @@ class OpenaiServer(LoadGenerator):
             ) from error
         exact = count if self.length == "exact" else None
         return read_report(report, requests=self.requests(load), output_tokens=exact)
+
+    def run_without_model(self, target: Path, load: Load, folder: Path) -> LoadRun | None:
+        """See the base class: AIPerf against a server that only streams."""
+        if not self.null_server or load.request_rate is not None:
+            return None
+        with NullServer(self.model) as server:
+            alone = self.model_copy(update={"url": server.url, "key_env": None})
+            return alone.run(target, load, folder)
 
     def limits(self) -> Mapping[str, float]:
         """See the base class."""

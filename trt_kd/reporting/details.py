@@ -15,7 +15,7 @@ from trt_kd.reporting.formatting import (
     times,
 )
 from trt_kd.reporting.model import GateResult, Report, Role, Variant
-from trt_kd.reporting.readings import load_text, matching, mean_accuracy
+from trt_kd.reporting.readings import client_text, load_text, matching, mean_accuracy
 from trt_kd.reporting.speed_figures import slo_text
 from trt_kd.reporting.speed_model import LoadRecord, Percentiles
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
@@ -81,8 +81,8 @@ def loads(report: Report) -> Table:
     rows = []
     for variant in report.variants:
         for record in variant.load:
-            steady = "not steady" if record.steady is False else ""
-            label = "; ".join(filter(None, [f"{record.backend} {record.format}", steady]))
+            notes = ["not steady" if record.steady is False else "", client_text(record)]
+            label = "; ".join(filter(None, [f"{record.backend} {record.format}", *notes]))
             rows.append(
                 Row(variant.name, _load_cells(record), variant is report.variants[0], label)
             )

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from trt_kd.reporting.formatting import bytes_text, fixed, percent_change, times
+from trt_kd.backends.load import LEAST_HEADROOM
+from trt_kd.reporting.formatting import TIMES, bytes_text, fixed, percent_change, times
 from trt_kd.reporting.model import Report, Variant
 from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
 
@@ -39,6 +40,14 @@ def load_text(record: LoadRecord) -> str:
     if record.concurrency is None:
         return f"{record.request_rate or 0:g} requests/s"
     return f"{record.concurrency} in flight"
+
+
+def client_text(record: LoadRecord | SpeedRecord) -> str:
+    """What a reader must know of the client, or nothing."""
+    headroom = record.client_headroom
+    if headroom is None or headroom >= LEAST_HEADROOM:
+        return ""
+    return f"the client alone is only {headroom:.1f}{TIMES} as fast"
 
 
 def matching(report: Report, variant: Variant, workload: SpeedRecord) -> SpeedRecord | None:

@@ -55,6 +55,8 @@ class SpeedRecord(Record):
     """Time to load the model, not part of any other number."""
     steady: bool | None = None
     """False where the repeats drifted too far apart to be judged; null where not checked."""
+    client_headroom: float | None = None
+    """How many times this rate the load generator reaches without a model; null if not known."""
 
 
 class LoadRecord(Record):
@@ -94,3 +96,5 @@ class LoadRecord(Record):
     """Half the range of output_tokens_per_s over the runs, as a share of the median."""
     steady: bool | None = None
     """False where the runs drifted too far apart to be judged."""
+    client_headroom: float | None = None
+    """How many times this rate the load generator reaches without a model; null if not known."""

@@ -24,6 +24,7 @@ from trt_kd.reporting.intervals import (
     wilson_interval,
 )
 from trt_kd.reporting.model import GateResult, Report, Role, Variant, Verdict
+from trt_kd.reporting.readings import client_text
 from trt_kd.reporting.speed_model import SpeedRecord
 
 
@@ -242,6 +243,9 @@ def _speed(gate: Gate, rows: list[Variant], report: Report, evidence: Evidence) 
     if None in values:
         return Estimate(reason=f"this workload has no {gate.metric}")
     found = _from_runs(gate, runs) or _from_spread(gate, [v or 0.0 for v in values], records)
+    slow = next(filter(None, map(client_text, records)), "")
+    if slow:
+        return replace(found, reason=slow)
     drifting = [row.name for row, each in zip(rows, records, strict=True) if each.steady is False]
     if drifting:
         return replace(found, reason=f"the repeats of {' and '.join(drifting)} were not steady")
