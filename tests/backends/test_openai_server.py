@@ -151,6 +151,12 @@ def test_what_is_not_what_was_asked_is_an_error(change, told):
         read_report(report, requests=8, output_tokens=8)
 
 
+def test_answers_that_came_all_at_once_have_no_rate_per_user():
+    report = json.loads(SAMPLE.read_text())
+    del report["output_token_throughput_per_user"]
+    assert read_report(report, requests=8, output_tokens=8).rates["tokens_per_s_per_user"] is None
+
+
 def test_natural_lengths_may_be_shorter():
     report = json.loads(SAMPLE.read_text()) | {"output_sequence_length": {"avg": 5.0}}
     assert read_report(report, requests=8, output_tokens=None)

@@ -1,6 +1,8 @@
 """The benchmark stage: fair turns, exact lengths, records that say what they are."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,9 @@ class Sleeper(Backend):
 
     def load(self, directory):
         return SleeperSession(directory)
+
+    def on_gpu(self):
+        return "SLEEPER_GPU" in os.environ
 
     def decode_work(self, directory):
         return DecodeWork(weight_bytes=4000, weights=1000, kv_bytes_per_token=8.0)
@@ -148,6 +153,39 @@ def test_every_step_of_every_counted_run_is_kept(sleeper, settings, tmp_path):
         assert record["itl_ms"]["p90"] == pytest.approx(np.percentile(times[:, 1:], 90))
         assert record["output_tokens_per_s"] == pytest.approx(np.median(rates))
         assert record["spread"] == pytest.approx(np.ptp(rates) / 2 / np.median(rates))
+
+
+SMI = """
+import sys, time
+while True:
+    print("0, 250.00, 1500, 50, 1000, 0x0000000000000004", flush=True)
+    if not any(a.startswith("--loop-ms") for a in sys.argv):
+        break
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_energy_stands_beside_what_ran_on_a_gpu_and_beside_nothing_else(
+    sleeper, settings, tmp_path, monkeypatch, on_gpu
+):
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{SMI}")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    if on_gpu:
+        monkeypatch.setenv("SLEEPER_GPU", "1")
+    made = benchmark(settings(batch_sizes=[2]), out=tmp_path / "b", only=sleeper(0.03))
+    (record,) = read(made)["variants"]["only"]
+    told = {name for name in record if name.startswith(("gpu_", "energy_"))}
+    if not on_gpu:
+        assert told == set()
+        return
+    assert record["gpu_throttled"] == {"power cap": 1.0}
+    samples = [json.loads(x) for x in (made.path / "samples.jsonl").read_text().splitlines()]
+    spent_j = 250 * sum(sum(line["step_s"]) for line in samples)
+    assert record["energy_j_per_token"] == pytest.approx(spent_j / (3 * 2 * 4), rel=0.1)
 
 
 def test_prompts_are_real_text_and_never_repeat(sleeper, settings, tmp_path):

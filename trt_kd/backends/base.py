@@ -40,6 +40,10 @@ class Backend(Plugin, ABC):
             ModelError: if the directory holds nothing this runtime can load.
         """
 
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU of this machine, whose state is then recorded."""
+        return False
+
     def decode_work(self, directory: Path) -> DecodeWork | None:
         """What one decoding step reads and computes on a CPU; None where that is not known."""
         return None

@@ -9,6 +9,7 @@ from trt_kd.artifacts import Finished
 from trt_kd.backends.worker import OutOfMemoryError, Run, Worker
 from trt_kd.errors import TrtKdError
 from trt_kd.measuring.clock import Workload
+from trt_kd.measuring.gpu import gpu_record
 from trt_kd.measuring.machine import load_average
 from trt_kd.measuring.metrics import of_steps, summarise
 from trt_kd.measuring.rounds import Rounds, Turn
@@ -119,13 +120,18 @@ def record(
     if samples.error is not None:
         return {"error": samples.error}
     found = summarise([of_steps(run.step_s, workload) for run in samples.runs])
-    return found | {
-        "steady": found["spread"] <= spread_limit,
-        "warmup_rounds": len(samples.warmup_s),
-        "warm": is_settled(samples.warmup_s, tolerance),
-        "load_average": max(samples.load_averages),
-        "peak_memory_bytes": max(run.peak_memory_bytes for run in samples.runs),
-    }
+    tokens = workload.batch_size * workload.output_tokens
+    return (
+        found
+        | gpu_record([run.gpu for run in samples.runs], tokens)
+        | {
+            "steady": found["spread"] <= spread_limit,
+            "warmup_rounds": len(samples.warmup_s),
+            "warm": is_settled(samples.warmup_s, tolerance),
+            "load_average": max(samples.load_averages),
+            "peak_memory_bytes": max(run.peak_memory_bytes for run in samples.runs),
+        }
+    )
 
 
 def sample_lines(found: Mapping[tuple[str, Workload], Samples]) -> Sequence[dict[str, Any]]:
@@ -136,6 +142,7 @@ def sample_lines(found: Mapping[tuple[str, Workload], Samples]) -> Sequence[dict
             **workload.model_dump(),
             "repeat": repeat,
             "step_s": run.step_s,
+            **({} if run.gpu is None else {"gpu": run.gpu}),
         }
         for (name, workload), samples in found.items()
         for repeat, run in enumerate(samples.runs)

@@ -46,11 +46,14 @@ _TIMES = {
 _NUMBERS = {
     "output_tokens_per_s": "output_token_throughput.avg",
     "requests_per_s": "request_throughput.avg",
-    "tokens_per_s_per_user": "output_token_throughput_per_user.p50",
     "requests": "request_count.avg",
     "output_length": "output_sequence_length.avg",
     "input_length": "input_sequence_length.avg",
 }
+
+
+_PER_USER = {"tokens_per_s_per_user": "output_token_throughput_per_user.p50"}
+"""AIPerf leaves it out where an answer's tokens came all at once: that says nothing of a rate."""
 
 
 class Slo(StrictModel):
@@ -263,11 +266,13 @@ def read_report(report: Mapping[str, Any], *, requests: int, output_tokens: int 
             f"answers had {found['output_length']:g} tokens, not {output_tokens}",
             hint="the server stops at end-of-text: let it ignore_eos, or say length: natural",
         )
+    paced = "output_token_throughput_per_user" in report
+    per_user = numbers_at(report, _PER_USER, who) if paced else {}
     rates = {
         "output_tokens_per_s": found["output_tokens_per_s"],
         "input_tokens_per_s": found["requests_per_s"] * found["input_length"],
         "requests_per_s": found["requests_per_s"],
-        "tokens_per_s_per_user": found["tokens_per_s_per_user"],
+        "tokens_per_s_per_user": per_user.get("tokens_per_s_per_user"),
     }
     good = report.get("goodput")
     return LoadRun(

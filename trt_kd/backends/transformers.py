@@ -38,9 +38,13 @@ class TransformersBackend(Backend):
         model: Any = load_model(directory, dtype=dtype)
         return TransformersSession(model.to(device))
 
+    def on_gpu(self) -> bool:
+        """See the base class."""
+        return self.device == "cuda" or (self.device == "auto" and bool(environment()["gpu"]))
+
     def decode_work(self, directory: Path) -> DecodeWork | None:
         """See the base class; None on a GPU."""
-        if self.device == "cuda" or (self.device == "auto" and environment()["gpu"]):
+        if self.on_gpu():
             return None
         return work_of(read_shape(directory), weight_bytes=4, kv_bytes=4)
 

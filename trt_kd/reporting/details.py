@@ -17,12 +17,14 @@ from trt_kd.reporting.formatting import (
 from trt_kd.reporting.model import GateResult, Report, Role, Variant
 from trt_kd.reporting.readings import client_text, load_text, matching, mean_accuracy
 from trt_kd.reporting.speed_figures import slo_text
-from trt_kd.reporting.speed_model import LoadRecord, Percentiles
+from trt_kd.reporting.speed_model import LoadRecord, Percentiles, SpeedRecord
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
 
 
 def workloads(report: Report) -> Table:
     """Every workload that our clock timed, of every variant, percentiles included."""
+    every = [record for variant in report.variants for record in variant.speed]
+    on_gpu = any(record.gpu_power_w is not None for record in every)
     titles = [
         "Batch",
         "In + out",
@@ -34,6 +36,7 @@ def workloads(report: Report) -> Table:
         "Floor / ITL p50 (%)",
         "Throughput (tok/s)",
         "Peak memory",
+        *(["GPU memory", "Power (W)", "Energy (J/token)", "Throttled"] if on_gpu else []),
     ]
     base = report.variants[0]
     rows = []
@@ -58,11 +61,23 @@ def workloads(report: Report) -> Table:
                     change,
                 ),
                 Cell(bytes_text(record.peak_memory_bytes) if record.peak_memory_bytes else MISSING),
+                *(_gpu_cells(record) if on_gpu else []),
             ]
             steady = "not steady" if record.steady is False else ""
             label = f"{record.backend} {record.format}" + (f"; {steady}" if steady else "")
             rows.append(Row(variant.name, cells, variant is base, label))
     return Table("Variant", titles, rows)
+
+
+def _gpu_cells(record: SpeedRecord) -> list[Cell]:
+    memory, reasons = record.gpu_memory_bytes, record.gpu_throttled
+    told = ", ".join(f"{name} {fixed(100 * share, 0)} %" for name, share in (reasons or {}).items())
+    return [
+        Cell(bytes_text(memory) if memory else MISSING),
+        _known(record.gpu_power_w),
+        _known(record.energy_j_per_token),
+        Cell(MISSING if reasons is None else told or "no"),
+    ]
 
 
 def loads(report: Report) -> Table:

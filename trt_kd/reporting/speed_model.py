@@ -43,6 +43,18 @@ class SpeedRecord(Record):
     """Half the range of output_tokens_per_s over the repeats, as a share of the median."""
     peak_memory_bytes: int | None = None
     """Largest resident memory of the process that ran it."""
+    energy_j_per_token: float | None = None
+    """Energy of the GPUs per generated token, prefill included; null where no GPU tells power."""
+    gpu_power_w: float | None = None
+    """Mean power of the GPUs together while it ran."""
+    gpu_clock_mhz: float | None = None
+    """Median clock of the multiprocessors while it ran."""
+    gpu_temperature_c: float | None = None
+    """Highest temperature of a GPU while it ran."""
+    gpu_memory_bytes: int | None = None
+    """Most memory in use on the GPUs together while it ran, of whatever process."""
+    gpu_throttled: dict[str, float] | None = None
+    """Share of the time by reason that the GPUs were throttled; null where they do not tell."""
     prefill_floor_ms: float | None = None
     """Least time of reading the prompts on this machine, from its measured peaks (roofline)."""
     prefill_bound: Literal["weights", "cache", "compute"] | None = None

@@ -38,6 +38,7 @@ from trt_kd.config import StageConfig, build_plugin
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_digest
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
+from trt_kd.measuring.gpu import GpuWatch, mark_unequal_throttling
 from trt_kd.measuring.machine import affinity, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks, prefill_floor
@@ -241,8 +242,9 @@ def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Pat
     peaks = measure_peaks(config.threads)
     finished = _finished(config, variants, out)
     with ExitStack() as stack:
+        watch = stack.enter_context(GpuWatch())
         workers = {
-            name: stack.enter_context(Worker(name, backends[name], artifact.path))
+            name: stack.enter_context(Worker(name, backends[name], artifact.path, watch))
             for name, artifact in variants.items()
         }
         seconds = measure_call(
@@ -262,6 +264,7 @@ def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Pat
         ]
         for name, artifact in variants.items()
     }
+    mark_unequal_throttling(list(records.values()))
     return Measured(
         records=records,
         raw={"samples.jsonl": sample_lines(found)},
