@@ -112,7 +112,7 @@ def _score(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 def _latency(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     models = len(config.lanes) * (config.probes + -(-config.probes // config.together))
-    runs, _, _ = _benchmark(config, teacher, teacher)
+    runs, _, _ = _benchmark(config.benchmark(0), teacher, teacher)
     made_s = 3 * START_S + forward_s(teacher, config.data.block_tokens)
     return models * (made_s + runs / 4), 8.0 * config.together * teacher.parameters, 2e9
 
