@@ -7,12 +7,14 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from trt_kd.artifacts import Finished
 from trt_kd.backends import LOAD_GENERATORS
 from trt_kd.backends.load import (
     TIMES,
     Load,
     LoadGenerator,
     LoadRun,
+    Workplace,
     load_record,
     numbers_at,
     rows_needed,
@@ -60,7 +62,7 @@ def fresh():
 
 @pytest.fixture
 def measure(tmp_path):
-    def measure(names, repeats=2, **options):
+    def measure(names, repeats=2, finished=None, **options):
         tool = Fake(**options)
         loads = tool.loads(LOADS)
         rows = np.arange(4 * rows_needed(tool, loads, repeats)).reshape(-1, 4)
@@ -70,7 +72,7 @@ def measure(tmp_path):
             dict.fromkeys(names, rows),
             loads,
             repeats=repeats,
-            folder=tmp_path / "b.requests",
+            place=Workplace(tmp_path / "b.requests", finished),
         )
 
     return measure
@@ -162,3 +164,16 @@ def test_a_program_that_fails_says_how(tmp_path, code, kind, told):
 
 def test_a_load_has_no_prompts_before_it_is_run():
     assert Load(LOADS[0]).prompts == ()
+
+
+def test_loads_that_were_measured_before_a_kill_are_not_measured_again(measure, tmp_path):
+    finished = Finished(tmp_path / "work", "key")
+    measure("ab", request_rates=[5.0], finished=finished)
+    first = list(SEEN)
+    SEEN.clear()
+    again = measure("ab", request_rates=[5.0], finished=finished)
+    assert first
+    assert SEEN == []
+    assert [len(runs.runs) for runs in again["a"]] == [2] * len(again["a"])
+    measure("ab", request_rates=[5.0], finished=Finished(tmp_path / "work", "other"))
+    assert first == SEEN

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from trt_kd.backends.load import Load, load_record, rows_needed, sweep
+from trt_kd.backends.load import Load, Workplace, load_record, rows_needed, sweep
 from trt_kd.backends.openai_server import OpenaiServer, Slo, read_report
 from trt_kd.config import validate
 from trt_kd.errors import ConfigError, MissingDependencyError, ServerError
@@ -151,6 +151,12 @@ def test_what_is_not_what_was_asked_is_an_error(change, told):
         read_report(report, requests=8, output_tokens=8)
 
 
+def test_answers_that_came_all_at_once_have_no_rate_per_user():
+    report = json.loads(SAMPLE.read_text())
+    del report["output_token_throughput_per_user"]
+    assert read_report(report, requests=8, output_tokens=8).rates["tokens_per_s_per_user"] is None
+
+
 def test_natural_lengths_may_be_shorter():
     report = json.loads(SAMPLE.read_text()) | {"output_sequence_length": {"avg": 5.0}}
     assert read_report(report, requests=8, output_tokens=None)
@@ -181,9 +187,9 @@ def test_a_server_that_goes_loses_no_load_that_was_measured(tool, teacher, tmp_p
         return real(self, target, load, folder)
 
     tool.setattr(OpenaiServer, "run", failing)
-    found = sweep(generator, {"a": teacher.path}, prompts, loads, repeats=1, folder=tmp_path / "f")[
-        "a"
-    ]
+    found = sweep(
+        generator, {"a": teacher.path}, prompts, loads, repeats=1, place=Workplace(tmp_path / "f")
+    )["a"]
     assert [runs.error is None for runs in found] == [True, False, True]
     assert "connection reset" in load_record(found[1], spread_limit=1.0)["error"]
 

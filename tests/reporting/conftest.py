@@ -50,6 +50,12 @@ def make_variant(role: str, **changes: Any) -> Variant:
     return Variant.model_validate(fields | changes)
 
 
+@pytest.fixture(name="speed")
+def make_speed():
+    """Make one record of speed; keyword arguments replace its fields."""
+    return speed
+
+
 @pytest.fixture
 def variant():
     """Make one variant; keyword arguments replace its fields."""

@@ -30,13 +30,14 @@ def made(tmp_path):
     return make
 
 
-def record(size, **changes):
-    return {"batch_size": size, "steady": True} | changes
+def record(size, tokens=2, **changes):
+    lengths = {"input_tokens": 8, "output_tokens": tokens}
+    return {"batch_size": size, "steady": True} | lengths | changes
 
 
-def runs(name, size, times):
+def runs(name, size, times, tokens=8):
     return [
-        {"variant": name, "batch_size": size, "repeat": n, "step_s": step_s}
+        {"variant": name, "batch_size": size, "input_tokens": tokens, "repeat": n, "step_s": step_s}
         for n, step_s in enumerate(times)
     ]
 
@@ -45,7 +46,7 @@ def test_ratios_are_those_of_run_level_medians_pair_by_pair(made):
     slow = [[0.10, 0.02, 0.04, 0.02], [0.20, 0.04, 0.04, 0.09], [0.15, 0.03, 0.01, 0.03]]
     fast = [[time / 2 for time in run] for run in slow]
     samples = runs("a", 4, slow) + runs("b", 4, fast)
-    found = compare(made({"a": [record(4)], "b": [record(4)]}, samples=samples), "a", "b")
+    found = compare(made({"a": [record(4, 4)], "b": [record(4, 4)]}, samples=samples), "a", "b")
     assert [each.metric for each in found] == list(METRICS)
     ttft, itl, rate = found
     for each, ratio in ((ttft, 0.5), (itl, 0.5), (rate, 2.0)):
@@ -76,7 +77,8 @@ def test_what_failed_or_drifted_gives_no_verdict(made):
 
 def test_one_token_has_no_time_between_tokens(made):
     samples = runs("a", 1, [[1.0]] * 2) + runs("b", 1, [[2.0]] * 2)
-    found = compare(made({"a": [record(1)], "b": [record(1)]}, samples=samples), "a", "b")
+    both = {name: [record(1, tokens=1)] for name in "ab"}
+    found = compare(made(both, samples=samples), "a", "b")
     assert [each.ratio for each in found] == [pytest.approx(2.0), None, pytest.approx(0.5)]
 
 
@@ -84,7 +86,7 @@ def test_reports_of_a_load_generator_are_compared_too(made):
     def line(name, repeat, time, rate=None):
         times = {metric: {"p50": time} for metric in ("ttft_ms", "itl_ms")}
         return {
-            "variant": name, "batch_size": 8, "request_rate": rate, "repeat": repeat,
+            "variant": name, **record(8), "request_rate": rate, "repeat": repeat,
             "times": times, "rates": {"output_tokens_per_s": 1 / time},
         }  # fmt: skip
 
@@ -92,6 +94,19 @@ def test_reports_of_a_load_generator_are_compared_too(made):
     reports.append(line("a", 0, 99.0, rate=5.0))
     found = compare(made({"a": [record(8)], "b": [record(8)]}, reports=reports), "a", "b")
     assert [each.ratio for each in found] == pytest.approx([1.5, 1.5, 1 / 1.5])
+
+
+def test_lengths_of_a_sweep_are_compared_each_for_itself(made):
+    sweep = [record(1), record(1, input_tokens=16)]
+    samples = []
+    for name, times in (("a", (1.0, 2.0)), ("b", (1.5, 6.0))):
+        for tokens, time in zip((8, 16), times, strict=True):
+            samples += runs(name, 1, [[time, time]] * 2, tokens)
+    found = compare(made({"a": sweep, "b": sweep}, samples=samples), "a", "b")
+    ttft = [each for each in found if each.metric == "ttft_ms"]
+    assert [(each.input_tokens, each.ratio) for each in ttft] == [
+        (8, pytest.approx(1.5)), (16, pytest.approx(3.0))
+    ]  # fmt: skip
 
 
 def test_an_unknown_variant_lists_the_known(made):

@@ -118,3 +118,15 @@ def test_the_model_card_names_the_licence_it_found(make_report, tmp_path):
     assert licence_of(tmp_path) == "apache-2.0"
     assert "\nlicense: apache-2.0\n" in model_card(make_report(), licence="apache-2.0")
     assert "name no licence" in model_card(make_report(), licence="")
+
+
+def test_power_and_energy_have_columns_only_where_a_gpu_was_watched(make_report, variant, speed):
+    assert "Energy (J/token)" not in workloads(make_report()).columns
+    watched = speed(20.0, 1, gpu_power_w=412.0, energy_j_per_token=0.51, gpu_throttled={})
+    capped = speed(20.0, 8, gpu_power_w=699.0, gpu_throttled={"power cap": 0.75})
+    table = workloads(make_report(variants=[variant("teacher", speed=[watched, capped])]))
+    assert table.columns[-4:] == ["GPU memory", "Power (W)", "Energy (J/token)", "Throttled"]
+    found = [[cell.value for cell in row.cells[-3:]] for row in table.rows]
+    assert found[0] == ["412", "0.510", "no"]
+    assert found[1][0] == "699"
+    assert found[1][2] == "power cap 75 %"

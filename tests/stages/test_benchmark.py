@@ -1,6 +1,8 @@
 """The benchmark stage: fair turns, exact lengths, records that say what they are."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,9 @@ class Sleeper(Backend):
 
     def load(self, directory):
         return SleeperSession(directory)
+
+    def on_gpu(self):
+        return "SLEEPER_GPU" in os.environ
 
     def decode_work(self, directory):
         return DecodeWork(weight_bytes=4000, weights=1000, kv_bytes_per_token=8.0)
@@ -125,6 +130,8 @@ def test_records_hold_what_the_sessions_did(sleeper, settings, tmp_path):
             assert record["steady"] == (record["spread"] <= 0.25)
             assert 0 < record["decode_floor_ms"] < step_ms
             assert record["decode_bound"] in ("weights", "cache", "compute")
+            assert 0 < record["prefill_floor_ms"] < step_ms
+            assert record["prefill_bound"] in ("weights", "cache", "compute")
     assert made.metrics["variants"]["slow"]["batch_1"]["itl_ms_p50"] >= 20.0
     made.verify()
 
@@ -146,6 +153,39 @@ def test_every_step_of_every_counted_run_is_kept(sleeper, settings, tmp_path):
         assert record["itl_ms"]["p90"] == pytest.approx(np.percentile(times[:, 1:], 90))
         assert record["output_tokens_per_s"] == pytest.approx(np.median(rates))
         assert record["spread"] == pytest.approx(np.ptp(rates) / 2 / np.median(rates))
+
+
+SMI = """
+import sys, time
+while True:
+    print("0, 250.00, 1500, 50, 1000, 0x0000000000000004", flush=True)
+    if not any(a.startswith("--loop-ms") for a in sys.argv):
+        break
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_energy_stands_beside_what_ran_on_a_gpu_and_beside_nothing_else(
+    sleeper, settings, tmp_path, monkeypatch, on_gpu
+):
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{SMI}")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    if on_gpu:
+        monkeypatch.setenv("SLEEPER_GPU", "1")
+    made = benchmark(settings(batch_sizes=[2]), out=tmp_path / "b", only=sleeper(0.03))
+    (record,) = read(made)["variants"]["only"]
+    told = {name for name in record if name.startswith(("gpu_", "energy_"))}
+    if not on_gpu:
+        assert told == set()
+        return
+    assert record["gpu_throttled"] == {"power cap": 1.0}
+    samples = [json.loads(x) for x in (made.path / "samples.jsonl").read_text().splitlines()]
+    spent_j = 250 * sum(sum(line["step_s"]) for line in samples)
+    assert record["energy_j_per_token"] == pytest.approx(spent_j / (3 * 2 * 4), rel=0.1)
 
 
 def test_prompts_are_real_text_and_never_repeat(sleeper, settings, tmp_path):
@@ -330,6 +370,60 @@ def test_a_load_generator_measures_instead_of_our_clock(sleeper, text_file, load
 def test_a_setting_without_effect_beside_a_load_generator_is_an_error(settings, loader):
     with pytest.raises(ConfigError, match="warmup: no effect beside load_generator"):
         settings(load_generator=loader)
+
+
+def test_a_sweep_over_lengths_measures_every_combination(sleeper, settings, tmp_path):
+    config = settings(input_tokens=[4, 8], output_tokens=[2, 3], batch_sizes=[1, 3], repeats=2)
+    made = benchmark(config, out=tmp_path / "b", only=sleeper(0.001))
+    records = read(made)["variants"]["only"]
+    keys = [(r["input_tokens"], r["output_tokens"], r["batch_size"]) for r in records]
+    assert keys == [(i, o, b) for i in (4, 8) for o in (2, 3) for b in (1, 3)]
+    assert [("error" in record) for record in records] == [False, True] * 4
+    lines = (made.path / "samples.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert {(x["input_tokens"], x["output_tokens"], len(x["step_s"])) for x in told} == {
+        (i, o, o) for i in (4, 8) for o in (2, 3)
+    }
+    prompts = [
+        tuple(row)
+        for line in (tmp_path / "log").read_text().splitlines()
+        for row in json.loads(line.partition(" ")[2])
+    ]
+    assert {len(row) for row in prompts} == {4, 8}
+    summary = made.metrics["variants"]["only"]
+    assert set(summary) == {f"batch_{b}_{i}_{o}" for i, o, b in keys}
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [8, 8], "many"])
+def test_lengths_must_be_positive_and_stand_once(settings, lengths):
+    with pytest.raises(ConfigError, match="input_tokens"):
+        settings(input_tokens=lengths)
+
+
+def test_a_benchmark_goes_on_after_a_kill(sleeper, settings, tmp_path, monkeypatch):
+    """Killed in the second workload: the first is not run again and its rows stay its own."""
+    from trt_kd.backends.worker import Worker
+
+    config, only = settings(batch_sizes=[1, 2, 4]), sleeper(0.001)
+    real, killed = Worker.run, []
+
+    def killed_at_two(self, prompts, new_tokens):
+        if len(prompts) == 2 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return real(self, prompts, new_tokens)
+
+    monkeypatch.setattr(Worker, "run", killed_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(config, out=tmp_path / "b", only=only)
+    before = (tmp_path / "log").read_text().splitlines()
+    made = benchmark(config, out=tmp_path / "b", only=only)
+    after = (tmp_path / "log").read_text().splitlines()[len(before) :]
+    assert {len(json.loads(line.partition(" ")[2])) for line in after} == {2, 4}
+    assert len(set(before + after)) == len(before + after)
+    records = read(made)["variants"]["only"]
+    assert [record["repeats"] for record in records] == [3, 3, 3]
+    assert [path.name for path in tmp_path.glob("b*")] == ["b"]
 
 
 def test_settings_with_a_load_generator_survive_their_own_dump(text_file, loader):

@@ -333,6 +333,35 @@ def test_a_format_that_is_fast_enough_by_itself_ends_the_pruning(config, teacher
         chosen_lane(found)
 
 
+@pytest.mark.parametrize("slower", [0.9, 1.0, 1.2])
+@pytest.mark.parametrize("limit_share", [0.95, 1.1, 1.3])
+def test_the_unpruned_model_fits_by_what_it_measured(
+    config, teacher, tmp_path, slower, limit_share
+):
+    """Its prediction may say otherwise: the cost that is shown is the one that is judged."""
+    ms = cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
+    table = read_table(written(tmp_path / "t", config, teacher, kl_nats={"plain": 0.0}).path)
+    first, *probes = table.lanes["plain"].rows
+    scaled = [
+        cell.model_copy(update={"itl_ms": {p: slower * v for p, v in cell.itl_ms.items()}})
+        for cell in first.cells
+    ]
+    rows = [first.model_copy(update={"cells": scaled}), *probes]
+    lane = table.lanes["plain"].model_copy(update={"rows": rows})
+    changed = table.model_copy(update={"lanes": {"plain": lane}})
+    limit = {"itl_ms": limit_share * ms, "batch": 2}
+    target = PruneConfig(axes=AXES, budget=Budget(params=0.5)).target
+    search = Search(max_width_pruning=0.6, max_depth_pruning=0.5)
+    found = corners(
+        Budget(latency=limit), changed, config.axes, target, points=POINTS, search=search
+    )
+    assert found[0].costs["itl_ms"] == pytest.approx(slower * ms)
+    assert found[0].fits is (slower <= limit_share)
+    assert (len(found) == 1) is found[0].fits
+    for one in found[1:]:
+        assert one.costs["itl_ms"] <= limit["itl_ms"]
+
+
 def test_pruning_pays_where_the_fast_format_costs_more(config, teacher, tmp_path):
     ms = cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
     limit = {"itl_ms": 0.97 * ms, "batch": 2}

@@ -384,7 +384,7 @@ def test_the_page_opens_in_chromium_without_errors_requests_or_missing_figures(
     assert console == ""
     assert asked == []
     figures = re.findall(r"<svg.*?</svg>", dom, flags=re.DOTALL)
-    assert len(figures) == 5
+    assert len(figures) == 8
     assert all("<path" in figure and "<text" in figure for figure in figures)
 
 

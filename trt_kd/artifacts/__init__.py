@@ -2,13 +2,14 @@
 
 from trt_kd.artifacts.artifact import Artifact, Draft, work_directory, writing
 from trt_kd.artifacts.manifest import MANIFEST, Kind, Manifest, work_key
-from trt_kd.artifacts.work import RESULT, claim_work, piece
+from trt_kd.artifacts.work import RESULT, Finished, claim_work, piece
 
 __all__ = [
     "MANIFEST",
     "RESULT",
     "Artifact",
     "Draft",
+    "Finished",
     "Kind",
     "Manifest",
     "claim_work",

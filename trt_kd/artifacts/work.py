@@ -48,3 +48,33 @@ def piece(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         draft.rename(folder)
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
+
+
+class Finished:
+    """Results of the finished parts of one piece of work, by name.
+
+    Nothing is on disk before the first result is kept.
+    """
+
+    def __init__(self, work: Path, key: str) -> None:
+        """``work`` is the folder; what another key left there does not count."""
+        self._work, self._key = work, key
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What was kept as ``name``, or None."""
+        owner, path = self._work / _KEY, self._work / f"{name}.json"
+        if not path.is_file() or not owner.is_file():
+            return None
+        if owner.read_text(encoding="utf-8") != self._key:
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def keep(self, name: str, value: dict[str, Any]) -> None:
+        """Write ``value``, whole or not at all."""
+        path = claim_work(self._work, self._key) / f"{name}.json"
+        draft = path.with_suffix(".partial")
+        draft.write_text(json.dumps(value), encoding="utf-8")
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)

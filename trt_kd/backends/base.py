@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import PositiveInt
 from typing_extensions import Self
 
+from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact
 from trt_kd.backends import BACKENDS
 from trt_kd.config import Plugin
@@ -39,9 +40,32 @@ class Backend(Plugin, ABC):
             ModelError: if the directory holds nothing this runtime can load.
         """
 
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU of this machine, whose state is then recorded."""
+        return False
+
     def decode_work(self, directory: Path) -> DecodeWork | None:
         """What one decoding step reads and computes on a CPU; None where that is not known."""
         return None
+
+
+def work_of(shape: ModelShape, *, weight_bytes: float, kv_bytes: float) -> DecodeWork:
+    """What a step of ``shape`` reads and computes, with so many bytes per weight and cached value.
+
+    Of experts only those count that one token passes through: a batch may touch no more.
+    """
+    picked = 0 if shape.tied else shape.vocab * shape.hidden
+    weights = shape.active_parameters - picked
+    channels = shape.heads * shape.head_dim
+    return DecodeWork(
+        weight_bytes=int(weight_bytes * weights),
+        weights=weights,
+        kv_bytes_per_token=shape.kv_bytes_per_token(kv_bytes),
+        head_weights=shape.vocab * shape.hidden,
+        attention_channels=(shape.layers - shape.window_layers) * channels,
+        window_channels=shape.window_layers * channels,
+        window=shape.window,
+    )
 
 
 class Session(ABC):

@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
+from trt_kd.artifacts import Finished
 from trt_kd.backends.worker import OutOfMemoryError, out_of_memory
 from trt_kd.config import Plugin
 from trt_kd.errors import MissingDependencyError, ServerError, TrtKdError
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SHARES = tuple(f"p{share}" for share in PERCENTILES)
 TIMES = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+LEAST_HEADROOM = 3.0
+"""A client that is not this many times faster than the server is part of what it measures."""
 _TOLD_CHARACTERS = 300
 
 
@@ -65,6 +68,8 @@ class Runs:
     runs: list[LoadRun] = field(default_factory=list)
     error: str | None = None
     """Why there is no measurement."""
+    client_headroom: float | None = None
+    """How many times this rate the client reaches without a model; None if not known."""
 
 
 class LoadGenerator(Plugin, ABC):
@@ -98,9 +103,23 @@ class LoadGenerator(Plugin, ABC):
             TrtKdError: if the tool fails or its answer is not what was asked.
         """
 
+    def run_without_model(self, target: Path, load: Load, folder: Path) -> LoadRun | None:
+        """The same run where nothing is computed, which tells what the client can do at most.
+
+        None where no client stands between, where the load sets the rate, or if not wanted.
+
+        Raises:
+            TrtKdError: if the tool fails.
+        """
+        return None
+
     def tokenizer_folder(self, target: Path) -> Path:
         """Where the tokenizer of ``target`` lies."""
         return target
+
+    def limits(self) -> Mapping[str, float]:
+        """Milliseconds by the names of ``TIMES`` that a request must keep to be good."""
+        return {}
 
     def loads(self, workloads: Sequence[Workload]) -> list[Load]:
         """One for every workload and for every request rate."""
@@ -118,6 +137,82 @@ class LoadGenerator(Plugin, ABC):
         return 10 if load.request_rate is not None else 2 * load.workload.batch_size
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """Where a sweep puts files."""
+
+    folder: Path
+    """The tool's own, of one run at a time."""
+    finished: Finished | None = None
+    """Loads that were measured before a kill; one that failed is measured again."""
+
+    def recall(self, number: int, at_load: Mapping[str, Runs]) -> bool:
+        """Fill in the runs of a load that was measured before; whether it was."""
+        kept = self.finished.get(f"load-{number}") if self.finished else None
+        if kept is None:
+            return False
+        for name, runs in at_load.items():
+            runs.runs.extend(LoadRun(**run) for run in kept[name]["runs"])
+            runs.client_headroom = kept[name]["client_headroom"]
+        return True
+
+    def keep(self, number: int, at_load: Mapping[str, Runs]) -> None:
+        """Keep the runs of a load that did not fail."""
+        if self.finished and all(runs.error is None for runs in at_load.values()):
+            self.finished.keep(f"load-{number}", {n: asdict(runs) for n, runs in at_load.items()})
+
+
+def _turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    for repeat in range(repeats):
+        yield from ((repeat, name) for name in (names if repeat % 2 == 0 else reversed(names)))
+
+
+def _run(
+    generator: LoadGenerator, target: Path, load: Load, folder: Path, runs: Runs
+) -> TrtKdError | None:
+    """Run once in the emptied ``folder``; keep what was told, or return what went wrong."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        runs.runs.append(generator.run(target, load, folder))
+    except MissingDependencyError:
+        raise  # what was written stays for the command of the error
+    except TrtKdError as error:
+        runs.error = str(error.args[0])
+        logger.warning("%s was not measured: %s", target.name, runs.error)
+        shutil.rmtree(folder)
+        return error
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+    return None
+
+
+def _run_client(
+    generator: LoadGenerator, target: Path, load: Load, folder: Path, runs: Runs
+) -> None:
+    """Fill in how much faster the client alone is; a run that fails leaves that open."""
+    folder.mkdir(parents=True)
+    try:
+        alone = generator.run_without_model(target, load, folder)
+    except TrtKdError as error:
+        logger.warning("the client's headroom is not known: %s", error.args[0])
+        alone = None
+    finally:
+        shutil.rmtree(folder)
+    if alone is None:
+        return
+    rate = median([run.rates["output_tokens_per_s"] or 0.0 for run in runs.runs])
+    runs.client_headroom = (alone.rates["output_tokens_per_s"] or 0.0) / rate
+    if runs.client_headroom < LEAST_HEADROOM:
+        logger.warning(
+            "the client reaches only %.1f times this rate without a model: it is part of what was "
+            "measured, and no gate uses it",
+            runs.client_headroom,
+        )
+
+
 def sweep(
     generator: LoadGenerator,
     targets: Mapping[str, Path],
@@ -125,50 +220,42 @@ def sweep(
     loads: Sequence[Load],
     *,
     repeats: int,
-    folder: Path,
+    place: Workplace,
 ) -> dict[str, list[Runs]]:
     """Measure every variant under every load, in ABBA order; a load that fails is recorded.
 
     Args:
         generator: the tool.
         targets: directories of the variants by name.
-        prompts: token ids ``[rows, input_tokens]`` by variant; see ``rows_needed``.
+        prompts: token ids ``[rows, tokens]`` by variant, see ``rows_needed``, as long as the
+            longest prompt; shorter ones are their beginnings.
         loads: from the first to the last.
         repeats: runs of each.
-        folder: where the tool's files may lie; removed after each run.
+        place: where files lie meanwhile.
 
     Raises:
-        MissingDependencyError: if the tool is not installed; ``folder`` stays.
+        MissingDependencyError: if the tool is not installed; ``place.folder`` stays.
         TrtKdError: if nothing at all was measured of a variant.
     """
     found = {name: [Runs() for _ in loads] for name in targets}
     first: dict[str, TrtKdError] = {}
     used = 0
-    for place, load in enumerate(loads):
+    for number, load in enumerate(loads):
         size = generator.warmup(load) + generator.requests(load)
-        for repeat in range(repeats):
-            order = list(targets)
-            for name in order if repeat % 2 == 0 else reversed(order):
-                runs = found[name][place]
-                if runs.error is not None:
-                    continue
-                rows = prompts[name][used : used + size].tolist()
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                try:
-                    run = generator.run(targets[name], replace(load, prompts=rows), folder)
-                    runs.runs.append(run)
-                except MissingDependencyError:
-                    raise  # what was written stays for the command of the error
-                except TrtKdError as error:
-                    runs.error = str(error.args[0])
-                    first.setdefault(name, error)
-                    logger.warning("%s was not measured: %s", name, runs.error)
-                except BaseException:
-                    shutil.rmtree(folder)
-                    raise
-                shutil.rmtree(folder)
-            used += size
+        at_load = {name: found[name][number] for name in targets}
+        measured = place.recall(number, at_load)
+        for repeat, name in [] if measured else _turns(list(targets), repeats):
+            if at_load[name].error is None:
+                start = used + repeat * size
+                rows = prompts[name][start : start + size, : load.workload.input_tokens].tolist()
+                with_rows = replace(load, prompts=rows)
+                error = _run(generator, targets[name], with_rows, place.folder, at_load[name])
+                first |= {} if error is None or name in first else {name: error}
+                if repeat == repeats - 1 and error is None:
+                    _run_client(generator, targets[name], with_rows, place.folder, at_load[name])
+        used += repeats * size
+        if not measured:
+            place.keep(number, at_load)
     for name, failure in first.items():
         if all(runs.error is not None for runs in found[name]):
             raise failure
@@ -196,6 +283,7 @@ def load_record(runs: Runs, *, spread_limit: float) -> dict[str, Any]:
     found |= summarise_rates([{name: run.rates.get(name) for name in RATES} for run in runs.runs])
     return found | {
         "goodput_requests_per_s": median(known) if known else None,
+        "client_headroom": runs.client_headroom,
         "intervals": intervals,
         "steady": found["spread"] <= spread_limit,
     }

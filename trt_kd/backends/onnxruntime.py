@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trt_kd.architectures.shape import read_shape
-from trt_kd.backends.base import Backend, Session, rectangle
+from trt_kd.backends.base import Backend, Session, rectangle, work_of
 from trt_kd.checkpoints import read_json
 from trt_kd.errors import ModelError
 from trt_kd.measuring.roofline import DecodeWork
@@ -57,14 +57,7 @@ class OnnxRuntime(Backend):
 
     def decode_work(self, directory: Path) -> DecodeWork:
         """See the base class; on a CPU the runtime widens float16 weights to float32."""
-        shape = read_shape(directory)
-        picked = 0 if shape.tied else shape.vocab * shape.hidden
-        weights = shape.parameters - picked
-        return DecodeWork(
-            weight_bytes=4 * weights,
-            weights=weights,
-            kv_bytes_per_token=shape.kv_bytes_per_token(4),
-        )
+        return work_of(read_shape(directory), weight_bytes=4, kv_bytes=4)
 
 
 class OnnxRuntimeSession(Session):

@@ -29,6 +29,7 @@ from trt_kd.backends.load import (
     require_program,
     run_program,
 )
+from trt_kd.backends.null_server import NullServer
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError, ServerError
@@ -45,11 +46,14 @@ _TIMES = {
 _NUMBERS = {
     "output_tokens_per_s": "output_token_throughput.avg",
     "requests_per_s": "request_throughput.avg",
-    "tokens_per_s_per_user": "output_token_throughput_per_user.p50",
     "requests": "request_count.avg",
     "output_length": "output_sequence_length.avg",
     "input_length": "input_sequence_length.avg",
 }
+
+
+_PER_USER = {"tokens_per_s_per_user": "output_token_throughput_per_user.p50"}
+"""AIPerf leaves it out where an answer's tokens came all at once: that says nothing of a rate."""
 
 
 class Slo(StrictModel):
@@ -94,6 +98,9 @@ class OpenaiServer(LoadGenerator):
     refuses shorter answers; ``natural`` lets them end, ``output_tokens`` being the most."""
     slo: Slo | None = None
     """What makes a request good, for goodput."""
+    null_server: bool = True
+    """Whether the client is measured alone as well, once for every number of requests in flight,
+    against a server without a model; below 3 times the rate a record decides no gate."""
     key_env: Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)] = None
     """Environment variable that holds the server's key; the key is never stored."""
 
@@ -154,6 +161,18 @@ class OpenaiServer(LoadGenerator):
         exact = count if self.length == "exact" else None
         return read_report(report, requests=self.requests(load), output_tokens=exact)
 
+    def run_without_model(self, target: Path, load: Load, folder: Path) -> LoadRun | None:
+        """See the base class: AIPerf against a server that only streams."""
+        if not self.null_server or load.request_rate is not None:
+            return None
+        with NullServer(self.model) as server:
+            alone = self.model_copy(update={"url": server.url, "key_env": None})
+            return alone.run(target, load, folder)
+
+    def limits(self) -> Mapping[str, float]:
+        """See the base class."""
+        return {} if self.slo is None else self.slo.model_dump(exclude_none=True)
+
     def settings(self, target: Path, load: Load, folder: Path) -> dict[str, Any]:
         """Content of AIPerf's file for one run."""
         parts = urlsplit(self.url)
@@ -192,7 +211,7 @@ class OpenaiServer(LoadGenerator):
             "runtime": {"ui": "none"},
         }
         if self.slo is not None:
-            limits = self.slo.model_dump(exclude_none=True)
+            limits = self.limits()
             benchmark["slos"] = {_TIMES[name]: value for name, value in limits.items()}
         return {"schemaVersion": "2.0", "randomSeed": 0, "benchmark": benchmark}
 
@@ -247,11 +266,13 @@ def read_report(report: Mapping[str, Any], *, requests: int, output_tokens: int 
             f"answers had {found['output_length']:g} tokens, not {output_tokens}",
             hint="the server stops at end-of-text: let it ignore_eos, or say length: natural",
         )
+    paced = "output_token_throughput_per_user" in report
+    per_user = numbers_at(report, _PER_USER, who) if paced else {}
     rates = {
         "output_tokens_per_s": found["output_tokens_per_s"],
         "input_tokens_per_s": found["requests_per_s"] * found["input_length"],
         "requests_per_s": found["requests_per_s"],
-        "tokens_per_s_per_user": found["tokens_per_s_per_user"],
+        "tokens_per_s_per_user": per_user.get("tokens_per_s_per_user"),
     }
     good = report.get("goodput")
     return LoadRun(

@@ -50,11 +50,15 @@ class OrtGenai(Backend):
         """See the base class: the weights of the graph's matrix products."""
         decoder = genai_config(directory)["decoder"]
         weight_bytes, weights = _products(directory / decoder["filename"])
+        heads = decoder["num_hidden_layers"] * decoder["num_attention_heads"]
+        head = genai_config(directory)["vocab_size"] * decoder["hidden_size"]
         kv_values = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"]
         return DecodeWork(
             weight_bytes=weight_bytes,
             weights=weights,
             kv_bytes_per_token=4.0 * kv_values * decoder["head_size"],
+            head_weights=min(head, weights),
+            attention_channels=0 if "sliding_window" in decoder else heads * decoder["head_size"],
         )
 
 

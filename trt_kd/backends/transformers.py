@@ -8,7 +8,7 @@ import numpy as np
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts.environment import environment
-from trt_kd.backends.base import Backend, Session, rectangle
+from trt_kd.backends.base import Backend, Session, rectangle, work_of
 from trt_kd.measuring.roofline import DecodeWork
 from trt_kd.optional import require
 
@@ -38,18 +38,15 @@ class TransformersBackend(Backend):
         model: Any = load_model(directory, dtype=dtype)
         return TransformersSession(model.to(device))
 
+    def on_gpu(self) -> bool:
+        """See the base class."""
+        return self.device == "cuda" or (self.device == "auto" and bool(environment()["gpu"]))
+
     def decode_work(self, directory: Path) -> DecodeWork | None:
         """See the base class; None on a GPU."""
-        if self.device == "cuda" or (self.device == "auto" and environment()["gpu"]):
+        if self.on_gpu():
             return None
-        shape = read_shape(directory)
-        picked = 0 if shape.tied else shape.vocab * shape.hidden
-        weights = shape.parameters - picked
-        return DecodeWork(
-            weight_bytes=4 * weights,
-            weights=weights,
-            kv_bytes_per_token=shape.kv_bytes_per_token(4),
-        )
+        return work_of(read_shape(directory), weight_bytes=4, kv_bytes=4)
 
 
 class TransformersSession(Session):

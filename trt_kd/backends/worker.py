@@ -25,6 +25,7 @@ from trt_kd.backends.base import Backend, Session
 from trt_kd.config import build_plugin
 from trt_kd.errors import ModelError, TrtKdError
 from trt_kd.measuring.clock import measure_call, measure_steps
+from trt_kd.measuring.gpu import GpuWatch, gpu_use
 from trt_kd.measuring.machine import peak_memory_bytes
 from trt_kd.registry import Registry
 
@@ -41,6 +42,8 @@ class Run:
     """Seconds of every step; the first includes prefill."""
     peak_memory_bytes: int
     """Largest resident memory of the process so far, loading included."""
+    gpu: dict[str, Any] | None = None
+    """See ``trt_kd.measuring.gpu.gpu_use``; None where no GPU was watched."""
 
 
 class OutOfMemoryError(TrtKdError):
@@ -50,13 +53,18 @@ class OutOfMemoryError(TrtKdError):
 class Worker:
     """A loaded model in a child process. A context manager: leaving it ends the process."""
 
-    def __init__(self, name: str, backend: Backend, directory: Path) -> None:
+    def __init__(
+        self, name: str, backend: Backend, directory: Path, watch: GpuWatch | None = None
+    ) -> None:
         """Start a process that loads ``directory``; ``name`` stands in every error.
+
+        ``watch`` looks at the GPUs if the backend runs on one.
 
         Raises:
             TrtKdError: if the model cannot be loaded.
         """
         self.name = name
+        self._watch = watch if backend.on_gpu() else None
         self._pipe, theirs = Pipe()
         paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
         self._process = subprocess.Popen(
@@ -82,7 +90,14 @@ class Worker:
             OutOfMemoryError: if the process could not get the memory; it goes on serving.
             TrtKdError: if it failed otherwise or died.
         """
-        return Run(**self._ask({"prompts": prompts, "new_tokens": new_tokens}))
+        request = {"prompts": prompts, "new_tokens": new_tokens}
+        if self._watch is None:
+            return Run(**self._ask(request))
+        start_s = self._watch.clock()
+        told = self._ask(request)
+        end_s = self._watch.clock()
+        used = gpu_use(self._watch.between(start_s, end_s), start_s, end_s)
+        return Run(**told, gpu=used)
 
     def close(self) -> None:
         """End the process."""

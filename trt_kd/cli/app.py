@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from trt_kd import __version__
-from trt_kd.cli import draft, inspecting, layers, running, sensitivity, single
+from trt_kd.cli import draft, inspecting, layers, running, sensitivity, single, timing
 from trt_kd.cli.console import EXIT_CODES, Settings, reported
 
 EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 15 minutes).
@@ -56,7 +56,7 @@ STAGE_COMMANDS: list[Callable[..., None]] = [
     single.export,
     draft.pair,
     single.evaluate,
-    single.benchmark,
+    timing.benchmark,
     single.report,
 ]
 LOOKING_COMMANDS: list[Callable[..., None]] = [

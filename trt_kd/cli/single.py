@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from trt_kd.cli.console import print_json, table
+from trt_kd.cli.console import print_json
 from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -217,68 +217,6 @@ def evaluate(
     _run("evaluate", settings, config, out, as_json, {"model": model, "teacher": teacher})
 
 
-def benchmark(
-    settings: Settings = None,
-    *,
-    inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="ROLE=FOLDER, once for each artifact.")
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option("--compare", help="Two artifacts: print how B compares with A."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the new artifact.")] = None,
-    config: Config = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Time artifacts in turns. Example: trt-kd benchmark --input a=e1 --input b=e2 --out b.
-
-    How much faster: trt-kd benchmark --compare e1 e2 'batch_sizes=[1, 8]' repeats=10
-    """
-    if (inputs is None) == (compare is None):
-        raise ConfigError("what is measured?", hint="give either --input or --compare A B")
-    if compare is not None:
-        _compare(compare, settings, config, out, as_json)
-        return
-    if out is None:
-        raise ConfigError("where to?", hint="give --out FOLDER")
-    _run("benchmark", settings, config, out, as_json, _roles(inputs or []))
-
-
-def _compare(
-    pair: tuple[Path, Path],
-    settings: list[str] | None,
-    config: Path | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure both in turns and print the ratios; without ``out`` nothing else is kept."""
-    import json
-    from dataclasses import asdict
-    from tempfile import TemporaryDirectory
-
-    from trt_kd.reporting.comparison import compare
-
-    with TemporaryDirectory() as scratch:
-        target = out or Path(scratch) / "benchmark"
-        made = run_stage("benchmark", settings, config, target, dict(zip("AB", pair, strict=True)))
-        found = compare(made, "A", "B")
-        if as_json:
-            content = json.loads((made.path / "benchmark.json").read_text(encoding="utf-8"))
-            compared = {name: str(path) for name, path in zip("AB", pair, strict=True)}
-            ratios = [asdict(each) for each in found]
-            print_json({"compared": compared, "ratios_b_to_a": ratios, "benchmark": content})
-            return
-    rows = [["batch", "metric", "B / A", "95 % interval", "rounds", ""]]
-    for each in found:
-        known = each.ratio is not None
-        interval = f"{each.low:.3f} to {each.high:.3f}" if known else "-"
-        note = each.reason or ("" if each.steady else "not steady: no verdict")
-        ratio = f"{each.ratio:.3f}" if known else "-"
-        rows.append([str(each.batch_size), each.metric, ratio, interval, str(each.pairs), note])
-    print(table(rows))
-
-
 def report(
     inputs: Inputs,
     settings: Settings = None,
@@ -288,7 +226,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
-    _run("report", settings, config, out, as_json, _roles(inputs))
+    _run("report", settings, config, out, as_json, roles_of(inputs))
 
 
 def _by_kind(folders: list[Path]) -> dict[str, Path]:
@@ -330,7 +268,8 @@ def _with_chosen_lane(settings: list[str], config: Path | None, source: Path) ->
     return [*rest, f"lane={choice.lane.kind}"]
 
 
-def _roles(inputs: list[str]) -> dict[str, Path]:
+def roles_of(inputs: list[str]) -> dict[str, Path]:
+    """Folders by role."""
     roles = {}
     for text in inputs:
         role, equals, folder = text.partition("=")

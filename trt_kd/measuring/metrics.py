@@ -29,6 +29,10 @@ DEFINITIONS = {
     "input_tokens_per_s": "prompt tokens of all requests / whole time; median of runs",
     "requests_per_s": "requests / whole time; median of runs",
     "tokens_per_s_per_user": "1000 / tpot_ms of a run, generation only; median of runs",
+    "energy_j_per_token": "integral of the GPUs' power over the counted runs / output tokens of "
+    "all sequences; prefill included",
+    "gpu_power_w": "sum over GPUs, mean over samples of a run; mean of runs",
+    "gpu_throttled": "share of samples in which the driver names a reason for lower clocks",
     "spread": "half of (largest - smallest) output_tokens_per_s of runs, as a share of the median",
     "intervals": "95 %: percentile bootstrap over whole runs, none for one run",
     "percentile": "linear interpolation between samples",

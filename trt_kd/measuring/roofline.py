@@ -1,10 +1,12 @@
-"""The least time a decoding step can take on this CPU: shown beside what was measured.
+"""The least time a step can take on this CPU: shown beside what was measured.
 
-A step reads every weight once and the key-value cache of every sequence, and does two floating
-point operations per weight and sequence. No implementation is faster than the slower of the two
-(Williams et al. 2009, the roofline model). Quantized weights are bounded by memory only: their
-products run in narrower formats than the float32 peak measured here. A model whose weights stay
-in the processor's cache from one step to the next can beat the memory half.
+A decoding step reads every weight once and the key-value cache of every sequence, and does two
+floating point operations per weight and sequence. A prefill reads every weight once, writes the
+cache of every token, and does two operations per weight and token, of the head for the last token
+only; causal attention looks at half of all pairs of tokens. No implementation is faster than the
+slower of the two (Williams et al. 2009, the roofline model). Quantized weights are bounded by
+memory only: their products run in narrower formats than the float32 peak measured here. A model
+whose weights stay in the processor's cache from one step to the next can beat the memory half.
 """
 
 from collections.abc import Callable
@@ -34,6 +36,15 @@ class DecodeWork:
     """Numbers in those weights, each used in one multiplication and one addition per sequence."""
     kv_bytes_per_token: float
     """Bytes of the key-value cache per token of one sequence."""
+    head_weights: int = 0
+    """Those of ``weights`` that a prefill needs for its last token only."""
+    attention_channels: int = 0
+    """Query channels of all layers with full attention, layers x heads x channels; 0 where not
+    known, and then attention does not count."""
+    window_channels: int = 0
+    """The same of layers that attend to a window."""
+    window: int = 0
+    """Tokens of that window."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Peaks:
 
 
 Bound = Literal["weights", "cache", "compute"]
-"""What a step waits for: reading its weights, reading the key-value cache, arithmetic."""
+"""What a step waits for: reading its weights, reading or writing the cache, arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,51 @@ def decode_floor(work: DecodeWork, peaks: Peaks, *, batch_size: int, tokens: flo
 
     Where memory sets it, ``bound`` is the larger part of what is read.
     """
-    cache_bytes = batch_size * tokens * work.kv_bytes_per_token
-    read_s = (work.weight_bytes + cache_bytes) / peaks.read_bytes_per_s
-    float32 = work.weight_bytes >= 4 * work.weights
-    compute_s = 2.0 * work.weights * batch_size / peaks.flops_per_s if float32 else 0.0
-    if compute_s > read_s:
+    cache_bytes = batch_size * _held(work, tokens) * work.kv_bytes_per_token
+    flops = 2.0 * work.weights * batch_size if _is_float32(work) else 0.0
+    return _slower(work, peaks, cache_bytes, flops)
+
+
+def prefill_floor(work: DecodeWork, peaks: Peaks, *, batch_size: int, tokens: int) -> Floor:
+    """Floor of reading a prompt of ``tokens`` in each of ``batch_size`` rows."""
+    flops = prefill_flops(work, batch_size=batch_size, tokens=tokens)
+    cache_bytes = batch_size * _held(work, tokens) * work.kv_bytes_per_token
+    return _slower(work, peaks, cache_bytes, flops)
+
+
+def prefill_flops(work: DecodeWork, *, batch_size: int, tokens: int) -> float:
+    """Float32 operations of a prefill: products with float32 weights, and attention.
+
+    A pair of tokens costs four operations per query channel: two in its score, two in the sum of
+    values.
+    """
+    body = work.weights - work.head_weights
+    products = 2.0 * (tokens * body + work.head_weights) if _is_float32(work) else 0.0
+    seen = min(tokens, work.window)
+    pairs = tokens * (tokens + 1) / 2 * work.attention_channels
+    pairs += (seen * (seen + 1) / 2 + (tokens - seen) * seen) * work.window_channels
+    return batch_size * (products + 4.0 * pairs)
+
+
+def _held(work: DecodeWork, tokens: float) -> float:
+    """Tokens in the cache, the mean over layers: a window layer keeps its window."""
+    if not work.window_channels:
+        return tokens
+    share = work.window_channels / (work.window_channels + work.attention_channels)
+    return (1 - share) * tokens + share * min(tokens, work.window)
+
+
+def _is_float32(work: DecodeWork) -> bool:
+    return work.weight_bytes >= 4 * work.weights
+
+
+def _slower(work: DecodeWork, peaks: Peaks, cache_bytes: float, flops: float) -> Floor:
+    """The slower of moving bytes and computing."""
+    move_s = (work.weight_bytes + cache_bytes) / peaks.read_bytes_per_s
+    compute_s = flops / peaks.flops_per_s
+    if compute_s > move_s:
         return Floor(1e3 * compute_s, "compute")
-    return Floor(1e3 * read_s, "cache" if cache_bytes > work.weight_bytes else "weights")
+    return Floor(1e3 * move_s, "cache" if cache_bytes > work.weight_bytes else "weights")
 
 
 @cache

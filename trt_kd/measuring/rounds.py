@@ -48,22 +48,33 @@ class Rounds:
     def turns(
         self, names: Sequence[str], is_warm: Callable[[Workload], bool] = lambda _: False
     ) -> Iterator[Turn]:
-        """Every run in its order: A B, then B A, and so on; all of a round get the same rows.
+        """Every run in its order, workload by workload; see ``turns_at``."""
+        for place in range(len(self.workloads)):
+            yield from self.turns_at(place, names, is_warm)
 
-        ``is_warm`` is asked after each round of warm-up whether a workload may count now.
+    def turns_at(
+        self,
+        place: int,
+        names: Sequence[str],
+        is_warm: Callable[[Workload], bool] = lambda _: False,
+    ) -> Iterator[Turn]:
+        """Every run of one workload: A B, then B A, and so on; all of a round get the same rows.
+
+        Its rows are its own, whichever other workloads are run. ``is_warm`` is asked after each
+        round of warm-up whether the workload may count now.
         """
-        used = 0
-        for workload in self.workloads:
-            size, first = workload.batch_size, used
-            done = 0
-            for done in count():
-                if done >= self.warmup or (done and is_warm(workload)):
-                    break
-                yield from _round(names, done, workload, -1, slice(first, first + size))
-            used += size * (self.warmup > 0)
-            for repeat in range(self.repeats):
-                yield from _round(names, done + repeat, workload, repeat, slice(used, used + size))
-                used += size
+        workload = self.workloads[place]
+        size = workload.batch_size
+        used = Rounds(self.workloads[:place], self.repeats, self.warmup).rows
+        done = 0
+        for done in count():
+            if done >= self.warmup or (done and is_warm(workload)):
+                break
+            yield from _round(names, done, workload, -1, slice(used, used + size))
+        used += size * (self.warmup > 0)
+        for repeat in range(self.repeats):
+            yield from _round(names, done + repeat, workload, repeat, slice(used, used + size))
+            used += size
 
 
 def _round(

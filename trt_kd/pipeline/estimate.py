@@ -113,7 +113,7 @@ def _score(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 def _latency(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     models = len(config.lanes) * (config.probes + -(-config.probes // config.together))
-    runs, _, _ = _benchmark(config, teacher, teacher)
+    runs, _, _ = _benchmark(config.benchmark(0), teacher, teacher)
     made_s = 3 * START_S + forward_s(teacher, config.data.block_tokens)
     return models * (made_s + runs / 4), 8.0 * config.together * teacher.parameters, 2e9
 
@@ -172,9 +172,11 @@ def _evaluate(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 def _benchmark(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     rounds = config.warmup + config.repeats
     seconds = 0.0
-    for batch in config.batch_sizes:
-        prefill = forward_s(model, batch * config.input_tokens)
-        decode = config.output_tokens * max(forward_s(model, batch), 4.0 * model.parameters / 1e10)
+    for workload in config.rounds.workloads:
+        batch = workload.batch_size
+        prefill = forward_s(model, batch * workload.input_tokens)
+        step_s = max(forward_s(model, batch), 4.0 * model.parameters / 1e10)
+        decode = workload.output_tokens * step_s
         seconds += 4 * rounds * (prefill + decode)
     return seconds, 12.0 * teacher.parameters, 1e6
 

@@ -1,7 +1,7 @@
 """From finished artifacts to the rows of the report and the evidence behind them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from trt_kd.architectures.shape import ModelShape, read_shape
@@ -14,13 +14,13 @@ from trt_kd.reporting.model import (
     ROLES,
     ExportRow,
     LineageNode,
-    Percentiles,
     Quality,
     Role,
-    SpeedRecord,
     TaskScore,
     Variant,
 )
+from trt_kd.reporting.speed import Timed, read_timed
+from trt_kd.reporting.speed_model import SpeedRecord
 
 UNQUANTIZED: tuple[Role, ...] = ("student", "teacher", "corrected", "pruned", "cross_entropy")
 PARTS = ("model", "shipped", "evaluation")
@@ -42,28 +42,33 @@ class Sources:
     roles: dict[Role, dict[str, Artifact]]
     benchmark: Artifact | None
     exports: dict[str, Artifact]
+    loads: list[Artifact] = field(default_factory=list)
+    """Further benchmarks, made by a load generator."""
 
 
 def sort_inputs(inputs: Mapping[str, Artifact]) -> Sources:
-    """Sort ``<role>.<part>``, ``benchmark`` and ``export.<name>``.
+    """Sort ``<role>.<part>``, ``benchmark``, ``export.<name>`` and ``load.<name>``.
 
     Raises:
         ArtifactError: if an input has another name or a role has no model.
     """
     roles: dict[Role, dict[str, Artifact]] = {}
     exports: dict[str, Artifact] = {}
+    loads = []
     for name, artifact in inputs.items():
         head, _, tail = name.partition(".")
         if head == "export" and tail:
             exports[tail] = artifact
+        elif head == "load" and tail:
+            loads.append(artifact)
         elif head in ROLES and tail in PARTS:
             role = ROLES[ROLES.index(head)]
             roles.setdefault(role, {})[tail] = artifact
         elif name != "benchmark":
             raise ArtifactError(
                 f"a report has no input {name!r}",
-                hint=f"inputs are benchmark, export.NAME, and ROLE.model, ROLE.shipped and "
-                f"ROLE.evaluation with ROLE one of {', '.join(get_args(Role))}",
+                hint=f"inputs are benchmark, load.NAME, export.NAME, and ROLE.model, "
+                f"ROLE.shipped and ROLE.evaluation with ROLE one of {', '.join(get_args(Role))}",
             )
     for role, parts in roles.items():
         if "model" not in parts:
@@ -71,7 +76,7 @@ def sort_inputs(inputs: Mapping[str, Artifact]) -> Sources:
                 f"the report's input {role}.model is missing",
                 hint=f"give the checkpoint behind {role}.{next(iter(parts))}",
             )
-    return Sources(roles, inputs.get("benchmark"), exports)
+    return Sources(roles, inputs.get("benchmark"), exports, loads)
 
 
 def variants(sources: Sources, *, baseline: Role, names: Mapping[Role, str]) -> list[Variant]:
@@ -87,7 +92,8 @@ def variants(sources: Sources, *, baseline: Role, names: Mapping[Role, str]) -> 
             + (", ".join(sources.roles) or "no role has a model"),
         )
     order = [baseline, *(role for role in ROLES if role != baseline and role in sources.roles)]
-    speed = _speed_records(sources.benchmark)
+    speed = read_timed(sources.benchmark).speed
+    loads = _loads(sources)
     shapes = {role: shape_of(parts["model"]) for role, parts in sources.roles.items()}
     counts = {role: _parameters(sources.roles[role]["model"]) for role in order}
     rows = []
@@ -108,11 +114,28 @@ def variants(sources: Sources, *, baseline: Role, names: Mapping[Role, str]) -> 
                 evaluated=_evaluated(parts.get("evaluation")),
                 speed=speed.get(role, []),
                 same_speed_as=_twin(role, shapes, speed),
+                load=[record for each in loads for record in each.load.get(role, [])],
                 artifacts={part: artifact.key for part, artifact in parts.items()},
                 seconds=_seconds(parts),
             )
         )
     return rows
+
+
+def _loads(sources: Sources) -> list[Timed]:
+    """Every benchmark that may have loads.
+
+    Raises:
+        ArtifactError: if one that was given as a load was not made by a load generator.
+    """
+    found = [read_timed(artifact) for artifact in sources.loads]
+    for artifact, each in zip(sources.loads, found, strict=True):
+        if not each.load:
+            raise ArtifactError(
+                f"{artifact.path} was not measured by a load generator",
+                hint="give it as benchmark, or measure with load_generator",
+            )
+    return [read_timed(sources.benchmark), *found]
 
 
 def evidence(sources: Sources) -> Evidence:
@@ -150,9 +173,10 @@ def export_rows(sources: Sources) -> list[ExportRow]:
 
 def environment_of(sources: Sources) -> dict[str, Any]:
     """The machine that did the timing, or the first evaluation, or that made the baseline."""
-    if sources.benchmark is not None:
-        hardware = read_json(sources.benchmark.path / "benchmark.json").get("hardware")
-        return dict(hardware or sources.benchmark.manifest.environment)
+    timed = next(iter(filter(None, [sources.benchmark, *sources.loads])), None)
+    if timed is not None:
+        hardware = read_json(timed.path / "benchmark.json").get("hardware")
+        return dict(hardware or timed.manifest.environment)
     chosen = next(iter(sources.roles.values()))
     return dict(chosen.get("evaluation", chosen["model"]).manifest.environment)
 
@@ -277,38 +301,16 @@ def _evaluated(evaluation: Artifact | None) -> Any:
     return "export" if ancestor is not None and ancestor.kind == "export" else "checkpoint"
 
 
-def _timed(benchmark: Artifact | None) -> dict[str, list[dict[str, Any]]]:
-    """Records of ``benchmark.json`` by variant."""
-    if benchmark is None:
-        return {}
-    path = benchmark.path / "benchmark.json"
-    content = read_json(path)
-    if content.get("schema_version") != 1:
-        raise ArtifactError(
-            f"{path} has schema version {content.get('schema_version')!r}, not 1",
-            hint="run the benchmark again with this version",
-        )
-    return dict(content["variants"])
-
-
-def _speed_records(benchmark: Artifact | None) -> dict[str, list[SpeedRecord]]:
-    return {
-        name: [_speed_record(record) for record in records if "error" not in record]
-        for name, records in _timed(benchmark).items()
-    }
-
-
 def notes(sources: Sources) -> list[str]:
     """What a reader must know: workloads that failed, variants of no row, other machines."""
-    found = []
-    for name, records in _timed(sources.benchmark).items():
-        if name not in sources.roles:
-            found.append(f"The benchmark also timed {name}, which is no row of this report.")
-        found += [
-            f"{name} at batch size {record['batch_size']} was not timed: {record['error']}."
-            for record in records
-            if "error" in record
-        ]
+    timed = _loads(sources)
+    names = dict.fromkeys(name for each in timed for name in each.speed)
+    found = [
+        f"The benchmark also timed {name}, which is no row of this report."
+        for name in names
+        if name not in sources.roles
+    ]
+    found += [sentence for each in timed for sentence in each.failures]
     machines = {
         str(parts["evaluation"].manifest.environment.get("processor"))
         for parts in sources.roles.values()
@@ -317,16 +319,6 @@ def notes(sources: Sources) -> list[str]:
     if len(machines) > 1:
         found.append(f"Quality was measured on different machines: {', '.join(sorted(machines))}.")
     return found
-
-
-def _speed_record(record: Mapping[str, Any]) -> SpeedRecord:
-    fields = {name: record.get(name) for name in SpeedRecord.model_fields}
-    for name in ("ttft_ms", "itl_ms"):
-        times = fields[name]
-        if times is not None:
-            known = {share: times[share] for share in Percentiles.model_fields}
-            fields[name] = None if None in known.values() else known
-    return validate(SpeedRecord, fields, where="benchmark.json")
 
 
 def _seconds(parts: Mapping[str, Artifact]) -> dict[str, float]:

@@ -25,6 +25,8 @@ class Ratio:
     metric: str
     """Of ``METRICS``; the median of a run, or its throughput."""
     batch_size: int
+    input_tokens: int
+    output_tokens: int
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
@@ -39,7 +41,7 @@ class Ratio:
 
 
 def compare(made: Artifact, baseline: str, candidate: str) -> list[Ratio]:
-    """Ratios of ``candidate`` to ``baseline`` by batch size and metric.
+    """Ratios of ``candidate`` to ``baseline`` by workload and metric.
 
     Raises:
         ConfigError: if the benchmark has no such variant.
@@ -55,36 +57,45 @@ def compare(made: Artifact, baseline: str, candidate: str) -> list[Ratio]:
     numbers = _run_numbers(made)
     found = []
     for below, above in zip(records[baseline], records[candidate], strict=True):
-        size = int(below["batch_size"])
+        cell = _cell(below)
         failed = [str(item["error"]) for item in (below, above) if "error" in item]
         steady = all(item.get("steady", True) for item in (below, above))
         for metric in METRICS:
-            sides = [numbers.get((n, size), {}).get(metric, []) for n in (baseline, candidate)]
+            sides = [numbers.get((n, *cell), {}).get(metric, []) for n in (baseline, candidate)]
             if failed:
-                found.append(Ratio(metric, size, steady=False, reason=failed[0]))
+                found.append(Ratio(metric, *cell, steady=False, reason=failed[0]))
             elif min(map(len, sides)) < 2:
                 reason = "fewer than two rounds, or one token: no interval"
-                found.append(Ratio(metric, size, steady=steady, reason=reason))
+                found.append(Ratio(metric, *cell, steady=steady, reason=reason))
             else:
                 interval = ratio_interval(*sides)
                 ends = (interval.estimate, interval.low, interval.high, interval.confidence)
-                found.append(Ratio(metric, size, *ends, pairs=len(sides[0]), steady=steady))
+                found.append(Ratio(metric, *cell, *ends, pairs=len(sides[0]), steady=steady))
     return found
 
 
-def _run_numbers(made: Artifact) -> dict[tuple[str, int], dict[str, list[float]]]:
-    """One number per run, in the order of the rounds, by variant and batch size, then metric."""
-    numbers: dict[tuple[str, int], dict[str, list[float]]] = {}
+_Cell = tuple[int, int, int]
+"""Batch size, tokens of prompt and answer."""
+
+
+def _cell(record: Mapping[str, Any]) -> _Cell:
+    return int(record["batch_size"]), int(record["input_tokens"]), int(record["output_tokens"])
+
+
+def _run_numbers(made: Artifact) -> dict[tuple[str, int, int, int], dict[str, list[float]]]:
+    """One number per run, in the order of the rounds, by variant and workload, then metric."""
+    numbers: dict[tuple[str, int, int, int], dict[str, list[float]]] = {}
     for name, by_size in read_runs(made.path / "samples.jsonl").items():
-        for size, runs in by_size.items():
-            several = all(len(run.step_s) > 1 for run in runs)
-            kept = [metric for metric in METRICS if several or metric != "itl_ms"]
-            numbers[name, size] = {
-                metric: [run.metric(metric, _PERCENTILE) for run in runs] for metric in kept
-            }
+        for run in (run for runs in by_size.values() for run in runs):
+            tokens = len(run.step_s)
+            cell = (name, run.batch_size, run.input_tokens or 0, tokens)
+            of_run = numbers.setdefault(cell, {})
+            for metric in METRICS:
+                if tokens > 1 or metric != "itl_ms":
+                    of_run.setdefault(metric, []).append(run.metric(metric, _PERCENTILE))
     for line in read_lines(made.path / "reports.jsonl"):
         if line["request_rate"] is None:
-            of_run = numbers.setdefault((line["variant"], line["batch_size"]), {})
+            of_run = numbers.setdefault((line["variant"], *_cell(line)), {})
             for metric in METRICS:
                 value = line["rates"].get(metric) or line["times"].get(metric, {}).get(_PERCENTILE)
                 of_run.setdefault(metric, []).append(float(value))

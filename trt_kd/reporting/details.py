@@ -14,27 +14,36 @@ from trt_kd.reporting.formatting import (
     significant,
     times,
 )
-from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant
-from trt_kd.reporting.readings import matching, mean_accuracy
+from trt_kd.reporting.model import GateResult, Report, Role, Variant
+from trt_kd.reporting.readings import client_text, load_text, matching, mean_accuracy
+from trt_kd.reporting.speed_figures import slo_text
+from trt_kd.reporting.speed_model import LoadRecord, Percentiles, SpeedRecord
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
 
 
 def workloads(report: Report) -> Table:
-    """Every timed workload of every variant, percentiles included."""
+    """Every workload that our clock timed, of every variant, percentiles included."""
+    every = [record for variant in report.variants for record in variant.speed]
+    on_gpu = any(record.gpu_power_w is not None for record in every)
     titles = [
         "Batch",
         "In + out",
         "TTFT p50 / p90 / p99 (ms)",
         "ITL p50 / p90 / p99 (ms)",
+        "TTFT floor (ms)",
+        "Floor / TTFT p50 (%)",
         "ITL floor (ms)",
         "Floor / ITL p50 (%)",
         "Throughput (tok/s)",
         "Peak memory",
+        *(["GPU memory", "Power (W)", "Energy (J/token)", "Throttled"] if on_gpu else []),
     ]
     base = report.variants[0]
     rows = []
     for variant in report.variants:
         for record in variant.speed:
+            if record.under_load:
+                continue
             start = matching(report, base, record)
             ratio = record.output_tokens_per_s / start.output_tokens_per_s if start else None
             change = "" if ratio is None or variant is base else times(ratio)
@@ -44,13 +53,15 @@ def workloads(report: Report) -> Table:
                 Cell(f"{record.input_tokens} + {record.output_tokens}"),
                 Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
                 Cell(_three(itl.p50, itl.p90, itl.p99)) if itl else Cell(),
-                *_floor(record),
+                *_floor(record.prefill_floor_ms, record.prefill_bound, record.ttft_ms),
+                *_floor(record.decode_floor_ms, record.decode_bound, record.itl_ms),
                 Cell(
                     significant(record.output_tokens_per_s),
                     f"{fixed(100 * record.spread, 0)} %",
                     change,
                 ),
                 Cell(bytes_text(record.peak_memory_bytes) if record.peak_memory_bytes else MISSING),
+                *(_gpu_cells(record) if on_gpu else []),
             ]
             steady = "not steady" if record.steady is False else ""
             label = f"{record.backend} {record.format}" + (f"; {steady}" if steady else "")
@@ -58,14 +69,76 @@ def workloads(report: Report) -> Table:
     return Table("Variant", titles, rows)
 
 
-def _floor(record: SpeedRecord) -> tuple[Cell, Cell]:
+def _gpu_cells(record: SpeedRecord) -> list[Cell]:
+    memory, reasons = record.gpu_memory_bytes, record.gpu_throttled
+    told = ", ".join(f"{name} {fixed(100 * share, 0)} %" for name, share in (reasons or {}).items())
+    return [
+        Cell(bytes_text(memory) if memory else MISSING),
+        _known(record.gpu_power_w),
+        _known(record.energy_j_per_token),
+        Cell(MISSING if reasons is None else told or "no"),
+    ]
+
+
+def loads(report: Report) -> Table:
+    """Every load of every variant: latencies, throughput, and what of it met the limits."""
+    titles = [
+        "Load",
+        "In + out",
+        "TTFT p50 / p90 / p99 (ms)",
+        "TPOT p50 / p90 / p99 (ms)",
+        "Throughput (tok/s)",
+        "Per user (tok/s)",
+        "Requests/s",
+        "Goodput (requests/s)",
+        "Good (%)",
+    ]
+    rows = []
+    for variant in report.variants:
+        for record in variant.load:
+            notes = ["not steady" if record.steady is False else "", client_text(record)]
+            label = "; ".join(filter(None, [f"{record.backend} {record.format}", *notes]))
+            rows.append(
+                Row(variant.name, _load_cells(record), variant is report.variants[0], label)
+            )
+    limits = {slo_text(record.slo) for v in report.variants for record in v.load if record.slo}
+    said = f"Good: a request with {' or '.join(sorted(limits))}. " if limits else ""
+    return Table("Variant", titles, rows, f"{said}{LOADS}")
+
+
+LOADS = (
+    "Percentiles over the requests of a run, medians over runs. Throughput: median over runs, "
+    "± half range. Per user: generation only."
+)
+
+
+def _load_cells(record: LoadRecord) -> list[Cell]:
+    good, every = record.goodput_requests_per_s, record.requests_per_s
+    return [
+        Cell(load_text(record)),
+        Cell(f"{record.input_tokens} + {record.output_tokens}"),
+        Cell(_three(record.ttft_ms.p50, record.ttft_ms.p90, record.ttft_ms.p99)),
+        Cell(_three(record.tpot_ms.p50, record.tpot_ms.p90, record.tpot_ms.p99)),
+        Cell(significant(record.output_tokens_per_s), f"{fixed(100 * record.spread, 0)} %"),
+        _known(record.tokens_per_s_per_user),
+        _known(every),
+        _known(good),
+        Cell(fixed(100 * good / every, 0)) if good is not None and every else Cell(),
+    ]
+
+
+def _known(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(significant(value))
+
+
+def _floor(
+    floor_ms: float | None, bound: str | None, taken: Percentiles | None
+) -> tuple[Cell, Cell]:
     """The floor with what sets it, and the share of it that was reached."""
-    floor_ms = record.decode_floor_ms
     if not floor_ms:
         return Cell(MISSING), Cell(MISSING)
-    bound = f" ({record.decode_bound})" if record.decode_bound else ""
-    share = fixed(100 * floor_ms / record.itl_ms.p50, 0) if record.itl_ms else MISSING
-    return Cell(significant(floor_ms) + bound), Cell(share)
+    share = fixed(100 * floor_ms / taken.p50, 0) if taken else MISSING
+    return Cell(significant(floor_ms) + (f" ({bound})" if bound else "")), Cell(share)
 
 
 def _three(*values: float) -> str:

@@ -70,6 +70,19 @@ def svg_of(figure: "Figure", title: str) -> str:
     return f'<svg role="img" aria-label="{escape(title)}" {box[0]}>{body}'
 
 
+def standalone(drawing: Drawing) -> str:
+    """The drawing as a file of its own: dark ink on white."""
+    named = drawing.svg.replace(
+        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff;color:#1b1b1b" ', 1
+    )
+    return named.replace("var(--line)", "#d0d0d0") + "\n"
+
+
+def file_name(drawing: Drawing) -> str:
+    """What such a file is called."""
+    return re.sub(r"\W+", "-", drawing.title.lower()) + ".svg"
+
+
 def _own_names(text: str, prefix: str) -> str:
     """Drop names that nothing refers to and make the rest unique in the page."""
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))

@@ -22,6 +22,8 @@ class TimedRun:
 
     batch_size: int
     step_s: tuple[float, ...]
+    input_tokens: int | None = None
+    """Prompt tokens; None where it was not recorded."""
 
     def metric(self, name: str, percentile: str) -> float:
         """``ttft_ms``, ``itl_ms`` or ``output_tokens_per_s`` of this run alone.
@@ -121,6 +123,7 @@ def read_runs(path: Path) -> dict[str, dict[int, list[TimedRun]]]:
     runs: dict[str, dict[int, list[TimedRun]]] = {}
     for row in sorted(read_lines(path), key=lambda row: int(row["repeat"])):
         size = int(row["batch_size"])
-        run = TimedRun(size, tuple(float(step) for step in row["step_s"]))
+        steps = tuple(float(step) for step in row["step_s"])
+        run = TimedRun(size, steps, row.get("input_tokens"))
         runs.setdefault(str(row["variant"]), {}).setdefault(size, []).append(run)
     return runs

@@ -26,6 +26,7 @@ def report_markdown(report: Report) -> str:
     sections = [
         ("What each stage cost and gave back", details.stage_costs(report)),
         ("Every workload", details.workloads(report)),
+        ("Under load", details.loads(report)),
         ("Further exports", details.exports(report)),
     ]
     parts += [f"## {title}\n\n{markdown(table)}" for title, table in sections if table.rows]

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from trt_kd.reporting.record import Record
 from trt_kd.reporting.search_model import SizeSearch
+from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
 from trt_kd.reporting.training_model import Training
 
 Role = Literal[
@@ -35,52 +36,6 @@ ROLES: tuple[Role, ...] = (
 """Every role, in the order of the rows."""
 
 Verdict = Literal["pass", "fail", "undecided"]
-
-
-class Percentiles(Record):
-    """A distribution over repeats, in milliseconds."""
-
-    p50: float
-    """Median."""
-    p90: float
-    """90th percentile."""
-    p99: float
-    """99th percentile."""
-
-
-class SpeedRecord(Record):
-    """One workload on one backend."""
-
-    backend: str
-    """Runtime, by its registered name."""
-    format: str
-    """Format of the weights that ran."""
-    batch_size: int
-    """Sequences decoded at once."""
-    input_tokens: int
-    """Prompt tokens of each sequence (ISL)."""
-    output_tokens: int
-    """Tokens generated for each sequence (OSL), exactly."""
-    ttft_ms: Percentiles
-    """Time to the first token, prefill included."""
-    itl_ms: Percentiles | None
-    """Time between two tokens after the first; null where only one token is generated."""
-    output_tokens_per_s: float
-    """Generated tokens of the whole batch over the whole time, prefill included; the median."""
-    repeats: int
-    """Timed runs after the warm-up."""
-    spread: float
-    """Half the range of output_tokens_per_s over the repeats, as a share of the median."""
-    peak_memory_bytes: int | None = None
-    """Largest resident memory of the process that ran it."""
-    decode_floor_ms: float | None = None
-    """Least time of one decoding step on this machine, from its measured peaks (roofline)."""
-    decode_bound: Literal["weights", "cache", "compute"] | None = None
-    """What that least time waits for: reading weights, reading the cache, or arithmetic."""
-    load_s: float | None = None
-    """Time to load the model, not part of any other number."""
-    steady: bool | None = None
-    """False where the repeats drifted too far apart to be judged; null where not checked."""
 
 
 class TaskScore(Record):
@@ -142,6 +97,8 @@ class Variant(Record):
     """Measured workloads; empty where ``same_speed_as`` names a variant of the same shapes."""
     same_speed_as: Role | None = None
     """A measured variant of the same shapes and format class, whose speed this one shares."""
+    load: list[LoadRecord] = []
+    """Every load that a load generator measured."""
     artifacts: dict[str, str]
     """Keys of the model, what ships and the evaluation."""
     seconds: dict[str, float] = {}

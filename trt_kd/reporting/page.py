@@ -36,6 +36,7 @@ def page(report: Report) -> str:
         search=_search(report),
         training=_training(report),
         workloads=details.workloads(report),
+        loads=details.loads(report),
         costs=details.stage_costs(report),
         exports=details.exports(report),
         environment=environment_rows(report.environment),

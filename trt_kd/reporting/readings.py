@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from trt_kd.reporting.formatting import bytes_text, fixed, percent_change, times
-from trt_kd.reporting.model import Report, SpeedRecord, Variant
+from trt_kd.backends.load import LEAST_HEADROOM
+from trt_kd.reporting.formatting import TIMES, bytes_text, fixed, percent_change, times
+from trt_kd.reporting.model import Report, Variant
+from trt_kd.reporting.speed_model import LoadRecord, SpeedRecord
 
 
 def hardware(report: Report) -> str:
@@ -25,6 +27,27 @@ def first_workload(report: Report) -> SpeedRecord | None:
     """The baseline's smallest batch, or the first timed one."""
     records = report.variants[0].speed or [r for v in report.variants for r in v.speed]
     return min(records, key=lambda record: record.batch_size) if records else None
+
+
+def load_of(record: SpeedRecord) -> str:
+    """``batch 8``, or ``8 in flight`` where a load generator measured."""
+    size = record.batch_size
+    return f"{size} in flight" if record.under_load else f"batch {size}"
+
+
+def load_text(record: LoadRecord) -> str:
+    """``8 in flight`` or ``2 requests/s``."""
+    if record.concurrency is None:
+        return f"{record.request_rate or 0:g} requests/s"
+    return f"{record.concurrency} in flight"
+
+
+def client_text(record: LoadRecord | SpeedRecord) -> str:
+    """What a reader must know of the client, or nothing."""
+    headroom = record.client_headroom
+    if headroom is None or headroom >= LEAST_HEADROOM:
+        return ""
+    return f"the client alone is only {headroom:.1f}{TIMES} as fast"
 
 
 def matching(report: Report, variant: Variant, workload: SpeedRecord) -> SpeedRecord | None:
@@ -103,7 +126,7 @@ def headline(report: Report) -> Headline | None:
     slow = matching(report, base, workload) if workload else None
     if fast and slow:
         ratio = fast.output_tokens_per_s / slow.output_tokens_per_s
-        found.append(("Throughput", times(ratio), f"{against}, batch {fast.batch_size}"))
+        found.append(("Throughput", times(ratio), f"{against}, {load_of(fast)}"))
     if variant.quality.top1_agreement is not None:
         share = f"{fixed(100 * variant.quality.top1_agreement, 1)} %"
         found.append(("Top-1 agreement", share, "with the teacher, held-out text"))

@@ -4,7 +4,13 @@ from collections.abc import Callable
 
 from trt_kd.reporting.formatting import MISSING, bytes_text, fixed, significant, times
 from trt_kd.reporting.model import Report, Variant
-from trt_kd.reporting.readings import first_workload, matching, mean_accuracy, verdict_sentence
+from trt_kd.reporting.readings import (
+    first_workload,
+    load_of,
+    matching,
+    mean_accuracy,
+    verdict_sentence,
+)
 
 WIDTH = 110
 NAME_WIDTH = 26
@@ -23,7 +29,7 @@ def console_table(report: Report) -> str:
     workload = first_workload(report)
     if workload:
         text.append(
-            f"Speed: batch {workload.batch_size}, {workload.input_tokens} + "
+            f"Speed: {load_of(workload)}, {workload.input_tokens} + "
             f"{workload.output_tokens} tokens, {workload.repeats} interleaved runs."
         )
     text.append("")

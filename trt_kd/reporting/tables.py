@@ -16,14 +16,16 @@ from trt_kd.reporting.formatting import (
     significant,
     times,
 )
-from trt_kd.reporting.model import Report, SpeedRecord, Variant
+from trt_kd.reporting.model import Report, Variant
 from trt_kd.reporting.readings import (
     first_workload,
     hardware,
+    load_of,
     matching,
     perplexity_stderr,
     task_names,
 )
+from trt_kd.reporting.speed_model import SpeedRecord
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ def comparison(report: Report) -> Table:
     ]
     groups = [("Size", len(sizes)), ("Quality", len(quality))]
     if workload:
-        batch = f"Speed, batch {workload.batch_size}"
-        groups.append((batch, len(speed)))
+        groups.append((f"Speed, {load_of(workload)}", len(speed)))
     return Table("Variant", [c.title for c in columns], rows, caption(report), groups)
 
 
@@ -215,7 +216,7 @@ def caption(report: Report) -> str:
     workload = first_workload(report)
     if workload:
         parts.append(
-            f"Speed: {workload.backend}, batch {workload.batch_size}, {workload.input_tokens} + "
+            f"Speed: {workload.backend}, {load_of(workload)}, {workload.input_tokens} + "
             f"{workload.output_tokens} tokens, median of {workload.repeats} interleaved runs, "
             "± half range"
         )

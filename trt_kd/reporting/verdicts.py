@@ -23,7 +23,9 @@ from trt_kd.reporting.intervals import (
     ratio_of,
     wilson_interval,
 )
-from trt_kd.reporting.model import GateResult, Report, Role, SpeedRecord, Variant, Verdict
+from trt_kd.reporting.model import GateResult, Report, Role, Variant, Verdict
+from trt_kd.reporting.readings import client_text
+from trt_kd.reporting.speed_model import SpeedRecord
 
 
 @dataclass(frozen=True)
@@ -234,17 +236,25 @@ def _speed(gate: Gate, rows: list[Variant], report: Report, evidence: Evidence) 
         records += matching
         role: Role = row.role if row.speed or row.same_speed_as is None else row.same_speed_as
         timed = evidence.runs.get(role, {}).get(matching[0].batch_size, [])
-        runs.append([run for run in timed if len(run.step_s) == matching[0].output_tokens])
+        runs.append([run for run in timed if _timed_as(run, matching[0])])
     if gate.metric == "peak_memory_bytes":
         return _memory(rows, records, gate.mode)
     values = [_recorded(record, gate) for record in records]
     if None in values:
         return Estimate(reason=f"this workload has no {gate.metric}")
     found = _from_runs(gate, runs) or _from_spread(gate, [v or 0.0 for v in values], records)
+    slow = next(filter(None, map(client_text, records)), "")
+    if slow:
+        return replace(found, reason=slow)
     drifting = [row.name for row, each in zip(rows, records, strict=True) if each.steady is False]
     if drifting:
         return replace(found, reason=f"the repeats of {' and '.join(drifting)} were not steady")
     return found
+
+
+def _timed_as(run: TimedRun, record: SpeedRecord) -> bool:
+    lengths = (run.input_tokens or record.input_tokens, len(run.step_s))
+    return lengths == (record.input_tokens, record.output_tokens)
 
 
 def _matches(gate: Gate, record: SpeedRecord) -> bool:

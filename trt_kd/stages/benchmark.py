@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -24,24 +25,28 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from trt_kd.artifacts import Artifact, writing
+from trt_kd.artifacts import Artifact, Finished, work_directory, work_key, writing
 from trt_kd.artifacts.environment import environment
 from trt_kd.artifacts.manifest import Metric
 from trt_kd.backends import LOAD_GENERATORS
 from trt_kd.backends.base import Backend, backend_for, lane_of
 from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
-from trt_kd.backends.load import LoadGenerator, Runs, load_record, rows_needed, sweep
+from trt_kd.backends.load import LoadGenerator, Runs, Workplace, load_record, rows_needed, sweep
 from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig, build_plugin
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_digest
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
+from trt_kd.measuring.gpu import GpuWatch, mark_unequal_throttling
 from trt_kd.measuring.machine import affinity, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
-from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks
+from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks, prefill_floor
 from trt_kd.measuring.rounds import Rounds
 from trt_kd.registry import Registry
+from trt_kd.reporting.drawing import file_name, standalone
+from trt_kd.reporting.speed import timed
+from trt_kd.reporting.speed_figures import benchmark_figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +54,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 Records = dict[str, list[dict[str, Any]]]
 """One record per workload, by variant."""
+
+
+Lengths = PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class BenchmarkConfig(StageConfig):
@@ -60,10 +68,10 @@ class BenchmarkConfig(StageConfig):
     """Text whose held-out split the prompts are cut from; its ``block_tokens`` has no say here."""
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4, 8)
     """Sequences decoded together; measured from the first to the last."""
-    input_tokens: PositiveInt = 128
-    """Prompt tokens of every sequence (ISL)."""
-    output_tokens: PositiveInt = 32
-    """Tokens decoded for every sequence (OSL), end-of-text ignored."""
+    input_tokens: Lengths = 128
+    """Prompt tokens of every sequence (ISL); a list is a sweep."""
+    output_tokens: Lengths = 32
+    """Tokens decoded for every sequence (OSL), end-of-text ignored; a list is a sweep."""
     warmup: NonNegativeInt = 6
     """Most rounds before a batch size counts; fewer once the last three agree, variant by variant.
     They repeat rows of their own."""
@@ -84,19 +92,22 @@ class BenchmarkConfig(StageConfig):
 
     @property
     def rounds(self) -> Rounds:
-        """Every workload, and how often."""
-        lengths = {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}
+        """Every combination of lengths and batch size, and how often."""
+        grid = product(several(self.input_tokens), several(self.output_tokens), self.batch_sizes)
         return Rounds(
-            workloads=tuple(Workload(batch_size=size, **lengths) for size in self.batch_sizes),
+            workloads=tuple(
+                Workload(batch_size=size, input_tokens=before, output_tokens=after)
+                for before, after, size in grid
+            ),
             repeats=self.repeats,
             warmup=self.warmup,
         )
 
-    @field_validator("batch_sizes")
+    @field_validator("batch_sizes", "input_tokens", "output_tokens")
     @classmethod
-    def _stand_once(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(sizes)) < len(sizes):
-            raise ValueError("a batch size stands twice")
+    def _stand_once(cls, sizes: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if len(set(several(sizes))) < len(several(sizes)):
+            raise ValueError(f"one of {', '.join(map(str, several(sizes)))} stands twice")
         return sizes
 
     @field_validator("load_generator", mode="before")
@@ -126,6 +137,11 @@ class BenchmarkConfig(StageConfig):
         return self.model_copy(update={"batch_sizes": self.batch_sizes[:1], **few})
 
 
+def several(lengths: int | tuple[int, ...]) -> tuple[int, ...]:
+    """All of ``lengths``, one or more."""
+    return (lengths,) if isinstance(lengths, int) else lengths
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a way of measuring found."""
@@ -141,7 +157,7 @@ class Measured:
 
 
 def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Artifact:
-    """Measure ``variants``, checkpoints and exports by name, and write the records to ``out``.
+    """Measure ``variants``, checkpoints and exports by name; write records and figures to ``out``.
 
     A workload that fails is recorded with its reason and the others are measured.
 
@@ -152,6 +168,13 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
         MissingDependencyError: if the load generator is not installed.
         TrtKdError: if a variant cannot be loaded, or fails at every workload.
     """
+    return measured(config, variants, out, draw=True)
+
+
+def measured(
+    config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path, *, draw: bool = False
+) -> Artifact:
+    """See ``benchmark``; ``draw`` says whether there are figures."""
     if not variants:
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
     measure = _decoded if config.load_generator is None else _loaded
@@ -166,9 +189,16 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
             "peaks": found.peaks,
             "variants": found.records,
         }
+        if config.load_generator is not None:
+            tool = config.load_generator
+            result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
+        if draw:
+            for drawing in benchmark_figures(timed(result)):
+                text = standalone(drawing)
+                (draft.path / file_name(drawing)).write_text(text, encoding="utf-8")
         for name, lines in found.raw.items():
             text = "".join(f"{json.dumps(line)}\n" for line in lines)
             (draft.path / name).write_text(text, encoding="utf-8")
@@ -185,8 +215,8 @@ def benchmark(config: BenchmarkConfig, *, out: Path, **variants: Artifact) -> Ar
 def _prompts(
     config: BenchmarkConfig, folders: Mapping[str, Path], rows: int
 ) -> "dict[str, np.ndarray]":
-    """Token ids ``[rows, input_tokens]`` by variant; the same where tokenizers are the same."""
-    data = config.data.model_copy(update={"block_tokens": config.input_tokens})
+    """Token ids ``[rows, longest prompt]`` by variant; the same where tokenizers are the same."""
+    data = config.data.model_copy(update={"block_tokens": max(several(config.input_tokens))})
     cut: dict[str, np.ndarray] = {}
     prompts = {}
     for name, folder in folders.items():
@@ -210,13 +240,17 @@ def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Pat
     rounds, tolerance = config.rounds, config.warmup_tolerance
     prompts = _prompts(config, {n: each.path for n, each in variants.items()}, rounds.rows)
     peaks = measure_peaks(config.threads)
+    finished = _finished(config, variants, out)
     with ExitStack() as stack:
+        watch = stack.enter_context(GpuWatch())
         workers = {
-            name: stack.enter_context(Worker(name, backends[name], artifact.path))
+            name: stack.enter_context(Worker(name, backends[name], artifact.path, watch))
             for name, artifact in variants.items()
         }
         seconds = measure_call(
-            lambda: found.update(interleave(workers, prompts, rounds, tolerance=tolerance))
+            lambda: found.update(
+                interleave(workers, prompts, rounds, tolerance=tolerance, finished=finished)
+            )
         )
     limits = {"spread_limit": config.spread_limit, "tolerance": tolerance}
     records: Records = {
@@ -230,6 +264,7 @@ def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Pat
         ]
         for name, artifact in variants.items()
     }
+    mark_unequal_throttling(list(records.values()))
     return Measured(
         records=records,
         raw={"samples.jsonl": sample_lines(found)},
@@ -238,6 +273,12 @@ def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Pat
         prompts_sha256={name: fingerprint(rows) for name, rows in prompts.items()},
         peaks=asdict(peaks),
     )
+
+
+def _finished(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Finished:
+    """What was measured before a kill of the same work."""
+    keys = {name: artifact.key for name, artifact in variants.items()}
+    return Finished(work_directory(out), work_key(config, keys))
 
 
 def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
@@ -252,9 +293,10 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
     prompts = _prompts(config, folders, rows_needed(tool, loads, config.repeats))
     found: dict[str, list[Runs]] = {}
     folder = out.absolute().with_name(f"{out.name}.requests")
+    place = Workplace(folder, _finished(config, variants, out))
     seconds = measure_call(
         lambda: found.update(
-            sweep(tool, targets, prompts, loads, repeats=config.repeats, folder=folder)
+            sweep(tool, targets, prompts, loads, repeats=config.repeats, place=place)
         )
     )
     records: Records = {name: [] for name in variants}
@@ -271,7 +313,8 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
                 del described["batch_size"]
                 at_rates[name].append(described | {"request_rate": load.request_rate})
             lines += [
-                {"variant": name, "batch_size": load.workload.batch_size}
+                {"variant": name}
+                | load.workload.model_dump()
                 | {"request_rate": load.request_rate, "repeat": repeat}
                 | {"times": run.times, "rates": run.rates, "report": run.report}
                 for repeat, run in enumerate(runs.runs)
@@ -297,20 +340,24 @@ def format_of(artifact: Artifact) -> str:
 def _floor(
     artifact: Artifact, backend: Backend, workload: Workload, peaks: Peaks
 ) -> dict[str, Metric]:
-    """Least milliseconds of the mean decoding step and why; None where the backend cannot say."""
+    """Least milliseconds of prefill and mean decoding step, and why; None where not known."""
+    names = ("prefill_floor_ms", "prefill_bound", "decode_floor_ms", "decode_bound")
     work = backend.decode_work(artifact.path)
     if work is None:
-        return {"decode_floor_ms": None, "decode_bound": None}
-    size, tokens = workload.batch_size, workload.input_tokens + workload.output_tokens / 2
-    floor = decode_floor(work, peaks, batch_size=size, tokens=tokens)
-    return {"decode_floor_ms": floor.ms, "decode_bound": floor.bound}
+        return dict.fromkeys(names)
+    size, tokens = workload.batch_size, workload.input_tokens
+    first = prefill_floor(work, peaks, batch_size=size, tokens=tokens)
+    step = decode_floor(work, peaks, batch_size=size, tokens=tokens + workload.output_tokens / 2)
+    return dict(zip(names, (first.ms, first.bound, step.ms, step.bound), strict=True))
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Metric]:
-    """Main numbers of one variant, by batch size."""
+    """Main numbers of one variant, by batch size, and by lengths where they differ."""
     summary: dict[str, Metric] = {}
+    alike = len({(item["input_tokens"], item["output_tokens"]) for item in records}) == 1
     for item in records:
-        key = f"batch_{item['batch_size']}"
+        lengths = "" if alike else f"_{item['input_tokens']}_{item['output_tokens']}"
+        key = f"batch_{item['batch_size']}{lengths}"
         if "error" in item:
             summary[key] = {"error": item["error"]}
             continue

@@ -74,8 +74,11 @@ def corners(
         watch = stopwatch(limit, table, lane)
         within = budget.timed_by(watch)
         kl_nats = table.lanes[lane].kl_nats
-        fits = within.fits(shape, shape)
         before = within.values(shape) | watch.before()
+        limits = within.limits(shape)
+        fits = all(cost <= limits[name] for name, cost in before.items())
+        if not fits and within.fits(shape, shape):
+            within = budget.timed_by(_as_measured(watch, shape))
         plain.append(Corner(lane, "unpruned", fits, before, kl_nats))
         if fits:
             continue
@@ -94,6 +97,13 @@ def corners(
     if refused is not None and not any(corner.fits for corner in plain + pruned):
         raise refused
     return plain + pruned
+
+
+def _as_measured(watch: Stopwatch, shape: ModelShape) -> Stopwatch:
+    """``watch`` with predictions that are as far off as that of the unpruned model."""
+    predicted = watch.values(shape)
+    slower = {name: ms / float(predicted[name]) for name, ms in watch.before().items()}
+    return replace(watch, slower=slower)
 
 
 def chosen_lane(found: Sequence[Corner]) -> str:

@@ -16,7 +16,7 @@ from trt_kd.latency.table import Cell
 from trt_kd.pruning.base import Axis
 from trt_kd.pruning.importance import Activation, Random
 from trt_kd.pruning.sizes import settled
-from trt_kd.stages.benchmark import BenchmarkConfig, benchmark
+from trt_kd.stages.benchmark import BenchmarkConfig, measured
 from trt_kd.stages.export import ExportConfig
 
 SOURCE = "source"
@@ -75,7 +75,7 @@ class Stand:
         for name, shape in shapes.items():
             cut = twin(self.source, shape, self.axes, config.data, work / f"{name}-cut")
             variants[name] = untested_export(self.lane, cut, work / name)
-        made = benchmark(config, out=work / "timed", **variants)
+        made = measured(config, variants, work / "timed")
         text = (made.path / "benchmark.json").read_text(encoding="utf-8")
         records = json.loads(text)["variants"]
         shutil.rmtree(work)
