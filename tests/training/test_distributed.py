@@ -142,6 +142,7 @@ def all_jobs(settings, student, stranger, folder):
     own = short | {"monitor": None, "task_weight": 0.0, "on_policy": write}
     minillm = own | {"loss": "reverse_kl"}
     minillm["on_policy"] = write | {"policy_gradient": {"teacher_mix": 0.3}}
+    exits = short | {"monitor": None, "exits": {"layers": [0]}}
     cross = short | {"teacher": "cross_tokenizer", "loss": "uld"}
     stranger = {"teacher": str(stranger.path)}
     jobs = {
@@ -158,6 +159,8 @@ def all_jobs(settings, student, stranger, folder):
         "own": {"config": own},
         "minillm_alone": {"alone": True, "config": minillm},
         "minillm": {"config": minillm},
+        "exits_alone": {"alone": True, "config": exits},
+        "exits": {"config": exits},
         "cross_alone": {"alone": True, "config": cross} | stranger,
         "cross": {"config": cross} | stranger,
         "relay_1": {"alone": True, "config": stopped, "alarm": 1},
@@ -267,6 +270,11 @@ def test_two_processes_write_and_learn_what_one_does(made, name):
     assert all(row["generated_tokens"] > 0 for row in rows(made(name), "history"))
 
 
+def test_two_processes_leave_early_as_one_does(made):
+    assert_same_training(made("exits"), made("exits_alone"), logs=["history"])
+    assert all(row["exit_0_nats_per_token"] > 0 for row in rows(made("exits"), "history"))
+
+
 def test_two_processes_hear_a_teacher_with_another_tokenizer_as_one_does(made):
     assert_same_training(made("cross"), made("cross_alone"))
     assert all(row["aligned_share"] > 0 for row in rows(made("cross"), "history"))
@@ -318,7 +326,6 @@ def test_the_others_stop_when_the_first_fails_in_the_end(pair):
     ("changes", "what"),
     [
         ({"features": [{"loss": "mse"}]}, "features: learnt in one process, 2 were"),
-        ({"exits": {"layers": [0]}}, "exits: learnt in one process, 2 were"),
         ({"balance": {}}, "balance: learnt in one process, 2 were"),
         (
             {"teacher": {"kind": "served", "url": "http://127.0.0.1:1/v1", "model": "tiny"}},

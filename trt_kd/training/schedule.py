@@ -84,9 +84,9 @@ class Schedule(StrictModel):
 
         Raises:
             ConfigError: if they cannot be shared evenly, there is nothing to shard over, or what
-                one process learns, features, exits and balance, is asked of more.
+                one process learns, features and their balance, is asked of more.
         """
-        alone = {"features": self.features, "exits": self.exits, "balance": self.balance}
+        alone = {"features": self.features, "balance": self.balance}
         for name, wanted in alone.items():
             if wanted and processes > 1:
                 raise ConfigError(
