@@ -217,6 +217,8 @@ def test_a_cache_that_is_calibrated_trains_along(teacher, settings, tmp_path):
         ({"kind": "recipe", "name": "fp8_default-kv_fp8"}, {}, "scales of a recipe cannot follow"),
         ("fp8", {"features": [{"loss": "mse"}]}, "features has no place"),
         ("fp8", {"on_policy": {"share": 0.5}}, "on_policy"),
+        ("fp8", {"exits": {"layers": [0]}}, "exits has no place"),
+        ("fp8", {"balance": {}, "task_weight": 0.5}, "balance has no place"),
         ("fp8", {"allow_smaller_teacher": True}, "allow_smaller_teacher has no effect"),
         ("fp8", {"sharding": "fsdp2"}, "sharding fsdp2 does not take quantizers"),
         (
