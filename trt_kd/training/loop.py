@@ -29,18 +29,14 @@ from trt_kd.training.distributed import STEP_LIMIT
 from trt_kd.training.feature_terms import Escalate, KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
+from trt_kd.training.objective import ObjectiveAt
 from trt_kd.training.packing import check_packing
 from trt_kd.training.rollout import Rollout
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
-from trt_kd.training.trainer import (
-    CachedTrainer,
-    DistillTrainer,
-    ObjectiveAt,
-    TaskTrainer,
-)
+from trt_kd.training.trainer import CachedTrainer, DistillTrainer, TaskTrainer
 from trt_kd.training.watching import Alarms, Monitor
 
 if TYPE_CHECKING:
