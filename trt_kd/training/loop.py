@@ -85,7 +85,7 @@ def train(
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints, processes.count),
-            "train_dataset": Blocks(text.blocks, run.end),
+            "train_dataset": Blocks(text.blocks, run.end, text.weights),
             "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
         if schedule.sharding == "fsdp2":
@@ -103,7 +103,7 @@ def train(
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
-            trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout))
+            trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout, text.counted))
         resume = processes.share(lambda: _newest(checkpoints))
         if features is not None:
             trainer.features = features.resumed(Path(resume) if resume else None).to(

@@ -22,7 +22,7 @@ from trt_kd.training.balancing import Balancer, gradient_norms, shared_by
 from trt_kd.training.exiting import exit_parts
 from trt_kd.training.exits import Exits
 from trt_kd.training.feature_terms import Both, FeatureTerms, Part
-from trt_kd.training.head import Objective, TeacherRows, head_loss, linear_head
+from trt_kd.training.head import Labels, Objective, TeacherRows, head_loss, linear_head
 from trt_kd.training.history import MEASURED
 from trt_kd.training.judging import Rows, judged, logits_of
 from trt_kd.training.measured import Measured
@@ -111,6 +111,7 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
         objective = self.objective_at(step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
+        weights_T = inputs["weights"][:, 1:][mask_BK] if "weights" in inputs else None
         student = trainer.accelerator.unwrap_model(trainer.model)
         with (
             self._reading(step) as both,
@@ -123,16 +124,16 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
         policy = self.rollout and self.rollout.policy(step)
 
         def head_of(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-            head, labels_T = linear_head(student), labels_BK[mask_BK]
+            head, labels = linear_head(student), Labels(labels_BK[mask_BK], weights_T)
             hidden_TD, beside = hidden_BLD[:, :-1][mask_BK], teacher
             if policy:
                 own = logits_of(hidden_TD, head.cast(self.head_dtype))
-                beside = self._judged(policy, own, teacher, labels_T, mask_BK)
+                beside = self._judged(policy, own, teacher, labels.ids, mask_BK)
             return head_loss(
                 objective,
                 hidden_TD,
                 head,
-                labels_T,
+                labels,
                 teacher=beside if objective.response_weight else None,
                 dtype=self.head_dtype,
             )
