@@ -76,6 +76,19 @@ def test_a_source_is_registered_under_its_kind(name):
     assert DATA.summary(name)
 
 
+def test_a_source_without_traces_or_fields_knows_none(write, tmp_path):
+    source = write(tmp_path)
+    assert source.traced() == {}  # what was generated here thinks nothing
+    if not source.holds_fields:
+        assert source.beside("id") == {}
+
+
+def test_what_stands_beside_a_document_is_told_by_the_document(tmp_path):
+    assert write_jsonl(tmp_path).beside("id") == dict(zip(TEXTS, "012", strict=True))
+    with pytest.raises(DataError, match="in field 'other'"):
+        write_jsonl(tmp_path).beside("other")
+
+
 def test_documents_come_back_in_order(write, tmp_path):
     assert write(tmp_path).documents() == TEXTS
 

@@ -72,6 +72,27 @@ def test_masked_tokens_never_matter_and_nothing_valid_is_zero(smoothing):
     assert gradient.abs().sum() == 0.0
 
 
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_a_token_counts_as_often_as_its_weight_says(smoothing):
+    student, labels = rows()
+    weights = torch.linspace(0.0, 3.0, TOKENS, dtype=torch.float64)
+    weights[~MASK] = math.nan
+    each = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
+    expected = (weights * each)[MASK].sum()
+    expected.backward()
+    value, gradient = cross_entropy_gradient(student, labels, MASK, smoothing, weights)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, student.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_of_one_change_no_bit(dtype):
+    student, labels = rows(dtype)
+    plain = cross_entropy_gradient(student, labels, MASK, 0.1)
+    ones = cross_entropy_gradient(student, labels, MASK, 0.1, torch.ones(TOKENS))
+    assert all(torch.equal(*pair) for pair in zip(plain, ones, strict=True))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_sum_is_float32_and_the_gradient_as_the_logits(smoothing):
     student, labels = rows(torch.bfloat16)

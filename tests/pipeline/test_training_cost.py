@@ -1,5 +1,7 @@
 """What a distillation is said to cost: nothing that it does is left out."""
 
+import json
+
 import pytest
 
 from trt_kd.architectures.shape import ModelShape, shape_from_config
@@ -54,18 +56,30 @@ HOLDS_MORE = ("another teacher", "a feature", "another pair", "a rule's pairs", 
               "a projector", "a larger projector")  # fmt: skip
 
 
+PLAIN = {
+    "model_type": "llama",
+    "vocab_size": 8000,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 512,
+    "tie_word_embeddings": True,
+}
+
+
 @pytest.fixture(scope="module")
 def shapes() -> tuple[ModelShape, ModelShape]:
-    plain = {
-        "model_type": "llama",
-        "vocab_size": 8000,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "hidden_size": 512,
-        "tie_word_embeddings": True,
-    }
-    return tuple(shape_from_config(plain | {"intermediate_size": n}) for n in (768, 1536))
+    return tuple(shape_from_config(PLAIN | {"intermediate_size": n}) for n in (768, 1536))
+
+
+@pytest.fixture(autouse=True)
+def others(tmp_path, monkeypatch):
+    """Folders of further teachers: ``a`` is as wide as the student, ``b`` four times as wide."""
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("a", 768), ("b", 3072)):
+        (tmp_path / name).mkdir()
+        text = json.dumps(PLAIN | {"intermediate_size": width})
+        (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
 
 
 def seconds(config, shapes):
@@ -111,3 +125,25 @@ def test_a_plan_s_estimate_of_a_distillation_is_made_of_these(shapes, monkeypatc
     assert time_s == pytest.approx(expected)
     assert memory == training_bytes(config, *shapes)
     assert disk == 14.0 * shapes[0].parameters
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits", "best"])
+def test_several_teachers_count_by_their_own_sizes(shapes, combine):
+    student, teacher = shapes
+    several = {"kind": "several", "others": ["a", "b"], "combine": combine}
+    config = DistillConfig.model_validate({"teacher": several, "monitor": None})
+    sizes = [teacher, student, shape_from_config(PLAIN | {"intermediate_size": 3072})]
+    flops = 3 * student.forward_flops_per_token() + sum(x.forward_flops_per_token() for x in sizes)
+    assert training_flops(config, *shapes) == pytest.approx(config.tokens * flops)
+    one = training_bytes(DistillConfig(monitor=None), *shapes)
+    more = 4 * sum(x.parameters for x in sizes[1:])
+    assert training_bytes(config, *shapes) - one == pytest.approx(more)
+
+
+def test_what_no_teacher_teaches_holds_none(shapes):
+    with_one, without = (
+        DistillConfig.model_validate(changes)
+        for changes in ({}, {"response_weight": 0.0, "task_weight": 1.0})
+    )
+    held = training_bytes(with_one, *shapes) - training_bytes(without, *shapes)
+    assert held == pytest.approx(4 * shapes[1].parameters)

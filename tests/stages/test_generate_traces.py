@@ -1,11 +1,13 @@
 """Texts that think before they answer: which are kept, and what is said of the others."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from trt_kd.artifacts import Artifact
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import DataConfig, documents
 from trt_kd.errors import DataError
@@ -78,7 +80,13 @@ def test_only_whole_delimited_traces_of_bounded_length_are_kept(settings, teache
     assert all(row["text"].startswith(row["prompt"]) for row in found)
     assert [row["text"].removeprefix(row["prompt"]) for row in found] == TEXTS[:2]
     counts = {n.removeprefix("left_out_"): v for n, v in made.metrics.items() if "left_out" in n}
-    assert counts == {"unfinished": 1, "undelimited": 1, "too_long": 1, "unsupported": 0}
+    assert counts == {
+        "unfinished": 1,
+        "undelimited": 1,
+        "too_long": 1,
+        "wrong": 0,
+        "unsupported": 0,
+    }
     assert made.metrics["texts"] == 2
     source = {"kind": "generated", "artifact": str(made.path)}
     data = DataConfig.model_validate({"source": source, "heldout_share": 1e-9})
@@ -162,6 +170,10 @@ def test_the_opening_may_be_the_template_s():
         ({"most_tokens": 8, "open": " "}, "two different texts"),
         ({"most_tokens": 8, "open": "|", "close": "|"}, "two different texts"),
         ({"most_tokens": 8, "least_gain_nats": float("nan")}, "finite"),
+        ({"most_tokens": 8, "answer_field": "a"}, "text text has no fields"),
+        ({"most_tokens": 8, "answer_pattern": "(a)"}, "has no effect: there is no answer_field"),
+        ({"most_tokens": 8, "answer_field": "a", "answer_pattern": "("}, "no regular expression"),
+        ({"most_tokens": 8, "answer_field": "a", "answer_pattern": "a"}, "no group in parenth"),
     ],
 )
 def test_settings_without_sense_or_effect_are_refused(settings, traces, message):
@@ -171,3 +183,85 @@ def test_settings_without_sense_or_effect_are_refused(settings, traces, message)
 
 def test_a_rehearsal_does_not_ask_a_cut_twin_to_think(settings):
     assert settings({"most_tokens": 8}).rehearsal().traces is None
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Five questions, the known answer beside four of them, and what a file of them is called."""
+    known = ["Paris.", "12", 12, "Oslo", None]
+    lines = [
+        json.dumps({"text": f"Question {n}?"} | ({} if answer is None else {"reply": answer}))
+        for n, answer in enumerate(known)
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return {"source": {"kind": "jsonl", "files": [str(path)]}, "heldout_share": 1e-9}
+
+
+@pytest.fixture
+def chatty(teacher, tmp_path):
+    shutil.copytree(teacher.path, tmp_path / "chatty")
+    path = tmp_path / "chatty" / "tokenizer_config.json"
+    template = "{% for m in messages %}Q: {{ m.content }} A:{% endfor %}"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return Artifact(tmp_path / "chatty", teacher.manifest)
+
+
+@pytest.fixture
+def answered(settings, questions, chatty, monkeypatch, tmp_path):
+    """Let the teacher end every question as it is told; return what is kept."""
+    tokenizer = load_tokenizer(chatty.path)
+
+    def make(said, **traces):
+        def written(model, tokenizer_, prompts, choice, *, seed):
+            asked = [int(tokenizer.decode(ids).split("Question ")[1][0]) for ids in prompts]
+            texts = [f"<think>Because.</think>{said[n]}" for n in asked]
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return [Written([*row, tokenizer.eos_token_id], True) for row in ids]
+
+        monkeypatch.setattr(writer_module, "continuations", written)
+        wanted = {"most_tokens": 20, "answer_field": "reply"} | traces
+        config = settings(wanted, chat=True, prompt_tokens=200, data=questions)
+        return generate(config, teacher=chatty, out=tmp_path / "out")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said", "kept"),
+    [
+        (None, [" Paris.\n", "12", " 12 ", "Bergen", "anything"], {0, 1, 2, 4}),
+        (r"is (\w+)", ["Paris is it", "is 3. is 12", "is 12, is 3", "is Oslo", "none"], {1, 3, 4}),
+    ],
+)
+def test_a_trace_stays_only_where_its_answer_is_the_known_one(answered, pattern, said, kept):
+    """What has no known answer is not compared."""
+    made = answered(said, answer_pattern=pattern)
+    assert {int(row["prompt"].split("Question ")[1][0]) for row in rows(made)} == kept
+    assert made.metrics["left_out_wrong"] == 5 - len(kept)
+    assert made.metrics["known_answers"] == len(kept) - 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"text": "a", "id": 1}], "no line of .* holds anything in field 'reply'"),
+        ([{"text": "a", "reply": "1"}, {"text": "a", "reply": "2"}], "says both '1' and '2'"),
+    ],
+)
+def test_known_answers_that_are_missing_or_at_odds_are_told(
+    settings, chatty, tmp_path, lines, message
+):
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    data = {"source": {"kind": "jsonl", "files": [str(path)]}, "heldout_share": 1e-9}
+    traces = {"most_tokens": 20, "answer_field": "reply"}
+    with pytest.raises(DataError, match=message) as caught:
+        generate(settings(traces, chat=True, data=data), teacher=chatty, out=tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_known_answers_need_whole_questions(settings, questions):
+    with pytest.raises(ValidationError, match="write chat: true"):
+        settings({"most_tokens": 20, "answer_field": "reply"}, data=questions)

@@ -11,7 +11,7 @@ from trt_kd.losses.kl import ForwardKL, ReverseKL
 from trt_kd.losses.top_k import top_k_of
 from trt_kd.teachers.forward import check_linear_head
 from trt_kd.training import head as head_module
-from trt_kd.training.head import Head, Objective, head_loss
+from trt_kd.training.head import Head, Labels, Objective, head_loss
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 29
 REGISTERED = [LOSSES.load(name)() for name in LOSSES.names()]
@@ -55,7 +55,7 @@ def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, size
         objective,
         rows["hidden"],
         Head(rows["weight"], rows["bias"]),
-        rows["labels"],
+        Labels(rows["labels"]),
         teacher=lambda piece: rows["teacher"][piece],
         dtype=torch.float64,
     )
@@ -76,6 +76,33 @@ def test_value_and_gradients_are_those_of_plain_autograd(rows, loss, terms, size
     torch.testing.assert_close(found, gradients(rows))
 
 
+@pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
+def test_weights_are_those_of_the_task_term_alone(rows, sizes, monkeypatch):
+    group, piece = sizes
+    monkeypatch.setattr(head_module, "GROUP_BYTES", {"cpu": group * 8 * VOCABULARY})
+    monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
+    weights = torch.linspace(0.0, 2.0, TOKENS, dtype=torch.float64)
+    total, task, _ = head_loss(
+        Objective(ForwardKL(), 0.3, 0.7),
+        rows["hidden"],
+        Head(rows["weight"], rows["bias"]),
+        Labels(rows["labels"], weights),
+        teacher=lambda piece: rows["teacher"][piece],
+        dtype=torch.float64,
+    )
+    total.backward()
+    found = gradients(rows)
+    clear(rows)
+    logits = F.linear(rows["hidden"], rows["weight"], rows["bias"])
+    mask = torch.ones(TOKENS, dtype=torch.bool)
+    each = F.cross_entropy(logits, rows["labels"], reduction="none")
+    plain = 0.3 * (weights * each).sum() + 0.7 * ForwardKL()(logits, rows["teacher"], mask)
+    plain.backward()
+    torch.testing.assert_close(total, plain.detach())
+    torch.testing.assert_close(task, (weights * each).sum().detach())
+    torch.testing.assert_close(found, gradients(rows))
+
+
 @pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JensenShannon()])
 @pytest.mark.parametrize("terms", [(0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
@@ -90,7 +117,7 @@ def test_a_teacher_of_few_tokens_gives_the_bucketed_loss_of_plain_autograd(
         Objective(loss, task_weight, response_weight),
         rows["hidden"],
         Head(rows["weight"], rows["bias"]),
-        rows["labels"],
+        Labels(rows["labels"]),
         teacher=top.__getitem__,
         dtype=torch.float64,
     )
@@ -112,7 +139,7 @@ def test_a_teacher_of_few_tokens_gives_the_bucketed_loss_of_plain_autograd(
 
 def test_a_response_term_without_a_teacher_is_an_error(rows):
     with pytest.raises(ValueError, match="teacher's rows"):
-        Objective(ForwardKL(), 0.0, 1.0).parts(rows["teacher"], None, rows["labels"])
+        Objective(ForwardKL(), 0.0, 1.0).parts(rows["teacher"], None, Labels(rows["labels"]))
 
 
 def test_a_bf16_head_comes_close_to_a_float32_one(rows):
@@ -126,7 +153,7 @@ def test_a_bf16_head_comes_close_to_a_float32_one(rows):
             objective,
             single["hidden"].clone().requires_grad_(),
             Head(single["weight"]),
-            single["labels"],
+            Labels(single["labels"]),
             teacher=lambda piece: single["teacher"][piece],
             dtype=dtype,
         )[0]
@@ -141,7 +168,7 @@ def test_no_valid_token_gives_zero_loss_and_zero_gradient(rows):
         Objective(ForwardKL(), 1.0, 1.0),
         rows["hidden"][:0],
         Head(rows["weight"], rows["bias"]),
-        rows["labels"][:0],
+        Labels(rows["labels"][:0]),
         teacher=lambda piece: rows["teacher"][piece],
         dtype=torch.float64,
     )

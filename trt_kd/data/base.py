@@ -91,7 +91,7 @@ def token_blocks(
     settings = f"{config.model_dump_json()} {config.source.fingerprint()}"
     key = f"{settings} {split} {seed} {tokenizer_digest(tokenizer)}"
     if key not in _STREAMS:
-        _remember(_STREAMS, key, _Stream(sorted(texts, key=lambda text: _digest(text, seed))))
+        _remember(_STREAMS, key, _Stream(shuffled(texts, seed)))
     size = config.block_tokens
     tokens = _STREAMS[key].first((offset + count) * size, tokenizer)
     available = len(tokens) // size
@@ -105,6 +105,11 @@ def token_blocks(
         )
     chosen = tokens[offset * size : (offset + count) * size]
     return np.array(chosen, dtype=np.int64).reshape(count, size)
+
+
+def shuffled(texts: list[str], seed: int) -> list[str]:
+    """The texts in an order that depends on themselves and ``seed`` alone."""
+    return sorted(texts, key=lambda text: _digest(text, seed))
 
 
 def fingerprint(blocks: "NDArray[np.int64]") -> str:

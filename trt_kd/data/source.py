@@ -5,14 +5,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.config import Plugin
 from trt_kd.errors import DataError
 
 
+class Traced(NamedTuple):
+    """Parts of a text that thinks and then answers."""
+
+    prompt: str
+    thought: str
+    answer: str
+
+
 class DataSource(Plugin, ABC):
     """A place that documents come from; it knows nothing about splits, tokens or models."""
+
+    holds_traces: ClassVar[bool] = False
+    """Whether ``traced`` may know the parts of its texts."""
+    holds_fields: ClassVar[bool] = False
+    """Whether ``beside`` may know what stands in a field beside its texts."""
 
     @abstractmethod
     def documents(self) -> list[str]:
@@ -29,6 +43,18 @@ class DataSource(Plugin, ABC):
         Raises:
             DataError: if the text is missing.
         """
+
+    def traced(self) -> dict[str, Traced]:
+        """Prompt, trace and answer of every document that has them, by the document."""
+        return {}
+
+    def beside(self, field: str) -> dict[str, str]:
+        """What stands in ``field`` beside a document, by the document; those without it left out.
+
+        Raises:
+            DataError: if no document has it, or one has two.
+        """
+        return {}
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:

@@ -33,9 +33,15 @@ def cross_entropy(
 
 
 def cross_entropy_gradient(
-    student_TV: Tensor, labels_T: Tensor, mask_T: Tensor, label_smoothing: float = 0.0
+    student_TV: Tensor,
+    labels_T: Tensor,
+    mask_T: Tensor,
+    label_smoothing: float = 0.0,
+    weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``cross_entropy`` and its gradient, softmax minus the smoothed one-hot.
+
+    With ``weights_T`` every token counts so many times; each counts once without.
 
     Raises:
         ValueError: if ``label_smoothing`` is outside of 0 to 1.
@@ -44,16 +50,19 @@ def cross_entropy_gradient(
     with torch.no_grad():
         log_q_NV = wide(valid(student_TV, mask_T)).log_softmax(-1)
         labels_N1 = valid(labels_T, mask_T).unsqueeze(-1)
-        value = -log_q_NV.gather(-1, labels_N1).sum()
+        nats_N1 = -log_q_NV.gather(-1, labels_N1)
         kept, share = 1.0 - label_smoothing, label_smoothing / log_q_NV.shape[-1]
         if label_smoothing:
-            value = kept * value - share * log_q_NV.sum()
+            nats_N1 = kept * nats_N1 - share * log_q_NV.sum(-1, keepdim=True)
         gradient_NV = log_q_NV.exp_()
         if label_smoothing:
             gradient_NV.sub_(share)
         one_hot = torch.full_like(labels_N1, -kept, dtype=gradient_NV.dtype)
         gradient_NV.scatter_add_(-1, labels_N1, one_hot)
-    return value, scatter_rows(gradient_NV, student_TV, mask_T)
+        if weights_T is not None:
+            weights_N1 = valid(weights_T, mask_T).unsqueeze(-1).to(gradient_NV)
+            nats_N1, gradient_NV = weights_N1 * nats_N1, gradient_NV.mul_(weights_N1)
+    return nats_N1.sum(), scatter_rows(gradient_NV, student_TV, mask_T)
 
 
 def forward_kl(

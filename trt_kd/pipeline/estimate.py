@@ -14,7 +14,9 @@ from typing import Any
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.pipeline.flow import Step
+from trt_kd.pipeline.pruning_cost import fold_flops, proof_tokens
 from trt_kd.pipeline.training_cost import training_bytes, training_flops, writing_s
+from trt_kd.stages.prune import PruneConfig
 
 FORWARD_SHARE = 0.55
 """Share of the float32 matrix rate that a forward pass reaches."""
@@ -93,21 +95,24 @@ def _import(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
     return size / 2e7, 4.0 * size, 2.0 * size
 
 
-def _cut_s(config: Any, teacher: ModelShape, tokens: int) -> float:
-    """Seconds of one cut that is scored and refit on ``tokens``."""
+def _cut_s(config: PruneConfig, teacher: ModelShape, dropped: int) -> float:
+    """Seconds of one cut that is scored and refit, with folds where it drops layers."""
+    tokens = config.calibration_tokens
     if not config.reconstruct:
         return forward_s(teacher, tokens)
     sequential = config.reconstruct.schedule == "sequential"
     gram_flops = 2.0 * tokens * teacher.layers * teacher.ffn**2
-    return forward_s(teacher, (5 if sequential else 1) * tokens) + (
-        gram_flops / matrix_flops_per_s()
-    )
+    read = (5 if sequential else 1) * tokens + proof_tokens(config, teacher, dropped)
+    fit_flops = gram_flops + fold_flops(config, teacher, dropped)
+    return forward_s(teacher, read) + fit_flops / matrix_flops_per_s()
 
 
 def _score(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    cut_s = _cut_s(config, teacher, config.cut_tokens) + forward_s(teacher, config.check_tokens)
     seconds = forward_s(teacher, config.calibration_tokens + config.check_tokens)
-    seconds += len(config.cuts(teacher)) * (START_S + cut_s)
+    for axis, size in config.cuts(teacher):
+        cut = config.cut(axis, size)
+        seconds += START_S + forward_s(teacher, config.check_tokens)
+        seconds += _cut_s(cut, teacher, teacher.layers - cut.planned(teacher).layers)
     return seconds, float(config.memory_bytes(teacher)), 8.0 * teacher.layers * teacher.ffn
 
 
@@ -119,7 +124,8 @@ def _latency(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
 
 
 def _prune(config: Any, model: ModelShape, teacher: ModelShape) -> Cost:
-    seconds = config.rounds * _cut_s(config, teacher, config.calibration_tokens)
+    dropped = -(-max(0, teacher.layers - model.layers) // config.rounds)
+    seconds = config.rounds * _cut_s(config, teacher, dropped)
     disk = 2.0 * model.parameters
     if config.searching:
         check_s = START_S + forward_s(teacher, config.searching.check_tokens)

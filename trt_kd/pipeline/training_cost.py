@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from trt_kd.architectures.shape import ModelShape
+from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.stages.distill import DistillConfig
 from trt_kd.training.features import Feature
 from trt_kd.training.weights import peak
@@ -53,8 +53,8 @@ def training_bytes(config: DistillConfig, student: ModelShape, teacher: ModelSha
     if config.on_policy is not None:
         block = max(block, _own_tokens(config.on_policy))
     positions = config.batch_size * block
-    teachers = max(1, _teachers(config)) if config.uses_teacher else 1
-    held = 16.0 * student.parameters + 4.0 * teachers * teacher.parameters
+    held = 16.0 * student.parameters
+    held += 4.0 * sum(one.parameters for one in _teachers(config, teacher))
     held += 4.0 * positions * student.vocab * 2
     for feature in config.features:
         pairs, loss = _pairs(feature, student), feature.loss
@@ -64,16 +64,23 @@ def training_bytes(config: DistillConfig, student: ModelShape, teacher: ModelSha
     return held
 
 
-def _teachers(config: DistillConfig) -> int:
-    """Teachers that run over every token, counted as if all were as large as the stage's own."""
-    return 1 + len(config.teacher.further()) if config.uses_teacher else 0
+def _teachers(config: DistillConfig, teacher: ModelShape) -> list[ModelShape]:
+    """Sizes of the teachers that run over every token, the stage's own first."""
+    if not config.uses_teacher:
+        return []
+    return [teacher, *map(read_shape, config.teacher.further())]
+
+
+def _teaching_flops(config: DistillConfig, teacher: ModelShape) -> float:
+    """Per token: one forward pass of every teacher."""
+    return sum(one.forward_flops_per_token() for one in _teachers(config, teacher))
 
 
 def _step_flops(config: DistillConfig, student: ModelShape, teacher: ModelShape) -> float:
     """Per token of a step: the student both ways, every teacher once, features, exits."""
     passes = PASSES + config.gradient_checkpointing
     total = passes * student.forward_flops_per_token()
-    total += _teachers(config) * teacher.forward_flops_per_token()
+    total += _teaching_flops(config, teacher)
     exits = len(config.exits.layers) if config.exits else 0
     total += exits * (PASSES + 1) * 2.0 * student.vocab * student.hidden
     for feature in config.features:
@@ -115,7 +122,7 @@ def _monitor_flops(config: DistillConfig, student: ModelShape, teacher: ModelSha
         return 0.0
     measured = 2 + (config.steps - 1) // monitor.every_steps
     tokens = monitor.blocks * config.data.block_tokens
-    once = _teachers(config) * teacher.forward_flops_per_token()
+    once = _teaching_flops(config, teacher)
     return tokens * (measured * student.forward_flops_per_token() + once)
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
-from trt_kd.pruning.reconstruction import PROOF_ROWS, PROOF_SEQUENCES
+from trt_kd.pruning.reconstruction import PROOF_ROWS, proof_sequences
 
 if TYPE_CHECKING:
     from trt_kd.pruning.sequential import Streams
@@ -36,8 +36,7 @@ def held_out(sizes: Sequence[int]) -> list[int]:
 
     None of fewer than three: two are needed to fit.
     """
-    total = sum(sizes)
-    left = min(PROOF_SEQUENCES, max(1, total // 8)) if total >= 3 else 0
+    left = proof_sequences(sum(sizes))
     found = []
     for size in reversed(sizes):
         found.append(min(size, left))

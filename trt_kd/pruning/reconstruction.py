@@ -117,6 +117,11 @@ def fold_bytes(shape: "ModelShape", tokens: int) -> int:
     return 4 * (3 * PROOF_SEQUENCES * tokens * shape.hidden + 4 * PROOF_ROWS * shape.vocab)
 
 
+def proof_sequences(total: int) -> int:
+    """Sequences of ``total`` that stay out of a fold's fit; none of fewer than three."""
+    return min(PROOF_SEQUENCES, max(1, total // 8)) if total >= 3 else 0
+
+
 def gram_bytes(width: int) -> int:
     """Bytes of the two Gram matrices of a projection of ``width`` inputs, in float32."""
     return 2 * 4 * width**2

@@ -40,6 +40,7 @@ from trt_kd.training.monitors import MonitorConfig
 from trt_kd.training.packing import Packing
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
+from trt_kd.training.two_tasks import TwoTasks
 from trt_kd.training.weights import (
     Weight,
     WeightSchedule,
@@ -74,6 +75,9 @@ class DistillConfig(Schedule, StageConfig):
     """Training text; blocks are read in order, each once."""
     packing: Packing = Packing()
     """How documents that share a block see each other."""
+    two_tasks: TwoTasks | None = None
+    """Learn from traces as two tasks, a block for each answer and each rationale; as plain text if
+    left out."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -187,6 +191,8 @@ class DistillConfig(Schedule, StageConfig):
 
     def outside(self) -> dict[str, str]:
         """Fingerprints of the training text and of what the teacher reads."""
+        if self.two_tasks is not None:
+            self.two_tasks.check(self.data)
         return {**self.data.outside(), **self.teacher.outside()}
 
     def rehearsal(self) -> Self:
@@ -195,7 +201,7 @@ class DistillConfig(Schedule, StageConfig):
             update={
                 "steps": 2,
                 "batch_size": 1,
-                "gradient_accumulation": 1,
+                "gradient_accumulation": 2 if self.two_tasks else 1,
                 "warmup_steps": min(self.warmup_steps, 1),
                 "checkpoint_every_steps": 1,
                 "teacher": self.teacher.rehearsal(),
@@ -291,6 +297,7 @@ def distill(
                 "data_fingerprint": fingerprint(text.blocks),
                 "processes": processes.count,
                 **training_metrics(log, config.tokens),
+                **_learnt(text),
             }
     return Artifact.open(out, expect="checkpoint")
 
@@ -308,12 +315,19 @@ def require_modelopt() -> None:
 
 def text_of(config: DistillConfig, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """All blocks of the run."""
+    if config.two_tasks is not None:
+        return config.two_tasks.text(config.data, tokenizer, config)
     blocks = token_blocks(
         config.data, tokenizer, split="train", count=config.sequences, seed=config.seed
     )
     if config.monitor is None:
         return Text(blocks)
     return Text(blocks, config.monitor.text(config.data, tokenizer, seed=config.seed))
+
+
+def _learnt(text: Text) -> dict[str, int]:
+    """How many tokens are learnt, where some are only read."""
+    return {} if text.weights is None else {"learnt_tokens": int((text.weights > 0).sum())}
 
 
 def _with_pairs(config: DistillConfig, student: Artifact, teacher: Artifact) -> DistillConfig:

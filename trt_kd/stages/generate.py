@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from tqdm import tqdm
@@ -74,6 +74,17 @@ class GenerateConfig(StageConfig):
                 f"traces.most_tokens {self.traces.most_tokens} has no effect: it must be below "
                 f"new_tokens {self.new_tokens}"
             )
+        if self.traces and self.traces.answer_field is not None:
+            if not self.data.source.holds_fields:
+                raise ValueError(
+                    f"traces.answer_field: {self.data.source.kind} text has no fields: write "
+                    "data.source: {kind: jsonl, files: [FILE]}"
+                )
+            if not self.chat:
+                raise ValueError(
+                    "traces.answer_field: the beginning of a document is another question than "
+                    "the whole: write chat: true"
+                )
         if self.top_p < 1 and not self.temperature:
             raise ValueError("top_p has no effect: temperature is 0")
         return self
@@ -96,7 +107,8 @@ def generate(config: GenerateConfig, *, teacher: Artifact, out: Path) -> Artifac
 
     Raises:
         ConfigError: if prompt and new tokens are more than the teacher's context.
-        DataError: if too few documents are long, or with ``chat`` short, enough.
+        DataError: if too few documents are long, or with ``chat`` short, enough; if none has the
+            known answer that is asked for.
         ModelError: if the teacher has no chat template.
     """
     require("torch", extra="compress")
@@ -119,6 +131,8 @@ def generate(config: GenerateConfig, *, teacher: Artifact, out: Path) -> Artifac
         }
         if config.traces is not None:
             draft.metrics |= {f"left_out_{fault}": _count(rows, fault) for fault in FAULTS}
+        if config.traces is not None and config.traces.answer_field is not None:
+            draft.metrics["known_answers"] = sum(row.get("known", False) for row in kept)
     return Artifact.open(out, expect="text")
 
 
@@ -152,17 +166,26 @@ def _check_context(config: GenerateConfig, directory: Path) -> None:
         )
 
 
-def _prompts(config: GenerateConfig, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of the prompts, in an order that the seed decides."""
+class _Prompt(NamedTuple):
+    """Token ids, and the answer where it is known."""
+
+    ids: list[int]
+    known: str | None
+
+
+def _prompts(config: GenerateConfig, tokenizer: "PreTrainedTokenizerBase") -> list[_Prompt]:
+    """The prompts, in an order that the seed decides."""
     texts = documents(config.data, "train")
     random.Random(config.seed).shuffle(texts)
-    found: list[list[int]] = []
+    field = config.traces.answer_field if config.traces else None
+    known = {} if field is None else config.data.source.beside(field)
+    found: list[_Prompt] = []
     for text in texts:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if config.chat and len(ids) <= config.prompt_tokens:
-            found.append(_as_message(text, tokenizer))
+            found.append(_Prompt(_as_message(text, tokenizer), known.get(text)))
         elif not config.chat and len(ids) >= config.prompt_tokens:
-            found.append(ids[: config.prompt_tokens])
+            found.append(_Prompt(ids[: config.prompt_tokens], None))
         if len(found) == config.texts:
             return found
     bound = "at most" if config.chat else "at least"
@@ -195,18 +218,23 @@ class _Writer:
     def _model(self) -> "PreTrainedModel":
         return OnlineTeacher().load(self.directory, precision=self.config.precision)
 
-    def batch(self, number: int, prompts: list[list[int]], _folder: Path) -> dict[str, Any]:
+    def batch(self, number: int, prompts: list[_Prompt], _folder: Path) -> dict[str, Any]:
         """Rows of the batch with that number."""
         from trt_kd.teachers.writer import Choice, continuations
 
         config = self.config
         choice = Choice(config.new_tokens, config.temperature, config.top_p, config.precision)
         seed = random.Random(f"{config.seed} {number}").getrandbits(32)
-        found = continuations(self._model, self.tokenizer, prompts, choice, seed=seed)
-        pairs = zip(prompts, found, strict=True)
-        return {"rows": [self._row(*pair) | self._traced(*pair) for pair in pairs]}
+        ids = [prompt.ids for prompt in prompts]
+        found = continuations(self._model, self.tokenizer, ids, choice, seed=seed)
+        return {
+            "rows": [
+                self._row(prompt.ids, written) | self._traced(prompt, written)
+                for prompt, written in zip(prompts, found, strict=True)
+            ]
+        }
 
-    def _traced(self, prompt: list[int], written: "Written") -> dict[str, Any]:
+    def _traced(self, prompt: _Prompt, written: "Written") -> dict[str, Any]:
         """The parts of a text that thinks, and its fault, None where it is kept."""
         if (wanted := self.config.traces) is None:
             return {}
@@ -217,8 +245,12 @@ class _Writer:
         parts: dict[str, Any] = {"thought": trace.thought, "answer": trace.answer}
         if len(self._ids(trace.thought)) > wanted.most_tokens:
             return {"fault": "too_long"}
+        if prompt.known is not None:
+            if not wanted.agrees(trace.answer, prompt.known):
+                return {"fault": "wrong"}
+            parts["known"] = True
         if wanted.least_gain_nats is not None:
-            parts["gain_nats"] = self._gain_nats(prompt, trace, wanted)
+            parts["gain_nats"] = self._gain_nats(prompt.ids, trace, wanted)
             if parts["gain_nats"] < wanted.least_gain_nats:
                 return {"fault": "unsupported"}
         return parts
@@ -258,7 +290,7 @@ class _Writer:
         }
 
 
-def _rows(writer: _Writer, prompts: list[list[int]], work: Path) -> Iterator[dict[str, Any]]:
+def _rows(writer: _Writer, prompts: list[_Prompt], work: Path) -> Iterator[dict[str, Any]]:
     """One row per prompt, batch by batch, from disk where a batch was made before."""
     size = writer.config.batch_size
     starts = range(0, len(prompts), size)

@@ -101,6 +101,7 @@ def option_problem(config: "DistillConfig") -> str | None:
         if config.exits and config.sharding != "none"
         else None,
         "balance": _balance_problem(config) if config.balance else None,
+        "two_tasks": _two_tasks_problem(config) if config.two_tasks else None,
     }
     return next((f"{name}: {problem}" for name, problem in found.items() if problem), None)
 
@@ -178,6 +179,25 @@ def _balance_problem(config: "DistillConfig") -> str | None:
         "the norms are measured between layers that are kept: leave gradient_checkpointing out": (
             config.gradient_checkpointing
         ),
+    }
+    return next((problem for problem, found in problems.items() if found), None)
+
+
+def _two_tasks_problem(config: "DistillConfig") -> str | None:
+    sequences = config.batch_size * config.gradient_accumulation
+    source, teacher = config.data.source, config.teacher
+    problems = {
+        f"{source.kind} text has no traces: write data.source: {{kind: generated, artifact: "
+        "FOLDER}": not source.holds_traces,
+        "no effect: task_weight is 0": not peak(config.task_weight),
+        f"a step of {sequences} sequences does not hold both tasks of every trace: make batch_size "
+        "times gradient_accumulation even": sequences % 2 == 1,
+        f"a {teacher.kind} teacher reads plain text, not examples: write teacher: online": (
+            config.uses_teacher and not (teacher.same_tokens and teacher.needs_checkpoint)
+        ),
+        "an example has a block of its own: leave packing.reset out": config.packing.reset,
+        "features compare whole blocks: leave one of them out": bool(config.features),
+        "the student continues plain text: leave on_policy out": config.on_policy is not None,
     }
     return next((problem for problem, found in problems.items() if found), None)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TEACHERS = ("online", "cached")
 """How the logits of the unquantized model may be had."""
-_ALONE = ("features", "features_if", "exits", "balance", "on_policy")
+_ALONE = ("features", "features_if", "exits", "balance", "on_policy", "two_tasks")
 
 
 def option_problem(config: DistillConfig, quantization: QuantizationFormat) -> str | None:

@@ -14,21 +14,34 @@ from trt_kd.training import packing
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins."""
+    """Token blocks ``[count, L]`` in their order; after ``end`` another document begins.
 
-    def __init__(self, blocks: NDArray[np.int64], end: int | None = None) -> None:
+    With ``weights`` ``[count, L]`` tokens of weight 0 are not learnt.
+    """
+
+    def __init__(
+        self,
+        blocks: NDArray[np.int64],
+        end: int | None = None,
+        weights: NDArray[np.float32] | None = None,
+    ) -> None:
         self.blocks = blocks
         self.end = end
+        self.weights = weights
 
     def __len__(self) -> int:
         """Count of blocks."""
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Token ids, and the same as labels; nothing predicts the first token, so it has none."""
+        """Token ids, the same as labels, and weights; nothing predicts the first token."""
         tokens_L = torch.tensor(self.blocks[index])
         labels_L = tokens_L.clone()
         labels_L[0] = IGNORE_INDEX
         if self.end is not None:
             labels_L[1:][~packing.goes_on(tokens_L, self.end)] = IGNORE_INDEX
-        return {"input_ids": tokens_L, "labels": labels_L}
+        if self.weights is None:
+            return {"input_ids": tokens_L, "labels": labels_L}
+        weights_L = torch.tensor(self.weights[index])
+        labels_L[weights_L == 0] = IGNORE_INDEX
+        return {"input_ids": tokens_L, "labels": labels_L, "weights": weights_L}

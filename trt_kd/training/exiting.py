@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trt_kd.architectures import architecture_of
 from trt_kd.training.exits import Exits
 from trt_kd.training.feature_terms import Part
-from trt_kd.training.head import Head, Objective, head_loss, linear_head
+from trt_kd.training.head import Head, Labels, Objective, head_loss, linear_head
 from trt_kd.training.reading import Seen
 
 
@@ -40,11 +40,11 @@ def exit_parts(
     norm = architecture_of(student.config.model_type).final_norm(student)
     head = linear_head(student)
     said = _said(head.cast(dtype), hidden_BLD[:, :-1][mask_BK].detach())
-    labels_T = torch.zeros(int(mask_BK.sum()), dtype=torch.long, device=mask_BK.device)
+    labels = Labels(torch.zeros(int(mask_BK.sum()), dtype=torch.long, device=mask_BK.device))
     objective, found = Objective(exits.loss, 0.0, 1.0), {}
     for layer in exits.layers:
         exit_TD = norm(seen[layer, "states"])[:, :-1][mask_BK]
-        total, _, _ = head_loss(objective, exit_TD, head, labels_T, teacher=said, dtype=dtype)
+        total, _, _ = head_loss(objective, exit_TD, head, labels, teacher=said, dtype=dtype)
         found[f"exit_{layer}_nats_per_token"] = Part(weight, total)
     return found
 

@@ -41,6 +41,20 @@ ROWS_BYTES_ELSEWHERE = 256 << 20
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The true next tokens, and how often each counts in the task term."""
+
+    ids: Tensor
+    """``[T]`` int64."""
+    weights: Tensor | None = None
+    """``[T]``; every token counts once without. The response term counts every token once."""
+
+    def __getitem__(self, rows: slice) -> "Labels":
+        """Those of a slice of the tokens."""
+        return Labels(self.ids[rows], None if self.weights is None else self.weights[rows])
+
+
+@dataclass(frozen=True)
 class Objective:
     """``task_weight * cross-entropy + response_weight * loss``, both summed over tokens."""
 
@@ -50,21 +64,21 @@ class Objective:
     label_smoothing: float = 0.0
 
     def parts(
-        self, student_TV: Tensor, teacher: Piece | None, labels_T: Tensor
+        self, student_TV: Tensor, teacher: Piece | None, labels: Labels
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Task sum and response sum, unweighted, and the gradient of the weighted sum.
 
         A term of weight zero is not computed and is zero.
         """
-        mask_T = torch.ones_like(labels_T, dtype=torch.bool)
+        mask_T = torch.ones_like(labels.ids, dtype=torch.bool)
         task = response = torch.zeros((), dtype=student_TV.dtype, device=student_TV.device)
         gradient_TV: Tensor | None = None
         if self.response_weight:
-            response, gradient_TV = self._response(student_TV, teacher, mask_T, labels_T)
+            response, gradient_TV = self._response(student_TV, teacher, mask_T, labels.ids)
             gradient_TV = _scaled(gradient_TV, self.response_weight)
         if self.task_weight:
             task, task_gradient_TV = cross_entropy_gradient(
-                student_TV, labels_T, mask_T, self.label_smoothing
+                student_TV, labels.ids, mask_T, self.label_smoothing, labels.weights
             )
             task_gradient_TV = _scaled(task_gradient_TV, self.task_weight)
             gradient_TV = (
@@ -125,7 +139,7 @@ def head_loss(
     objective: Objective,
     hidden_TD: Tensor,
     head: Head,
-    labels_T: Tensor,
+    labels: Labels,
     *,
     teacher: Callable[[slice], TeacherRows] | None,
     dtype: torch.dtype,
@@ -136,11 +150,11 @@ def head_loss(
         objective: the terms and their weights.
         hidden_TD: the student's hidden states of valid tokens.
         head: the student's output head.
-        labels_T: the true next tokens, int64.
+        labels: the true next tokens.
         teacher: gives the teacher's logits, or its top k, for a slice of the T tokens.
         dtype: of the matrix products; sums and losses are at least float32.
     """
-    work = _Work(objective, labels_T, teacher, dtype)
+    work = _Work(objective, labels, teacher, dtype)
     total, task, response = _HeadLoss.apply(hidden_TD, head.weight, head.bias, work)  # type: ignore[no-untyped-call]
     return total, task, response
 
@@ -148,7 +162,7 @@ def head_loss(
 @dataclass(frozen=True)
 class _Work:
     objective: Objective
-    labels: Tensor
+    labels: Labels
     teacher: Callable[[slice], TeacherRows] | None
     dtype: torch.dtype
 
@@ -208,7 +222,7 @@ def _accumulate(
 
 
 def _replace_by_gradient(
-    student_TV: Tensor, teacher: TeacherRows | None, labels_T: Tensor, objective: Objective
+    student_TV: Tensor, teacher: TeacherRows | None, labels: Labels, objective: Objective
 ) -> Tensor:
     """Write the gradient over ``student_TV``; return the sums of task and response."""
     wide = _wide(student_TV.dtype)
@@ -216,7 +230,7 @@ def _replace_by_gradient(
     for rows in pieces(len(student_TV), rows_at_a_time(student_TV.shape[1], student_TV.device)):
         teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
-            student_TV[rows].to(wide), teacher_rows, labels_T[rows]
+            student_TV[rows].to(wide), teacher_rows, labels[rows]
         )
         student_TV[rows] = gradient
         total += torch.stack((task, response))

@@ -29,18 +29,14 @@ from trt_kd.training.distributed import STEP_LIMIT
 from trt_kd.training.feature_terms import Escalate, KeepFeatures, terms_of
 from trt_kd.training.history import TrainingLog, log_of
 from trt_kd.training.lean import lean
+from trt_kd.training.objective import ObjectiveAt
 from trt_kd.training.packing import check_packing
 from trt_kd.training.rollout import Rollout
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
-from trt_kd.training.trainer import (
-    CachedTrainer,
-    DistillTrainer,
-    ObjectiveAt,
-    TaskTrainer,
-)
+from trt_kd.training.trainer import CachedTrainer, DistillTrainer, TaskTrainer
 from trt_kd.training.watching import Alarms, Monitor
 
 if TYPE_CHECKING:
@@ -89,7 +85,7 @@ def train(
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints, processes.count),
-            "train_dataset": Blocks(text.blocks, run.end),
+            "train_dataset": Blocks(text.blocks, run.end, text.weights),
             "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
         if schedule.sharding == "fsdp2":
@@ -107,7 +103,7 @@ def train(
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
-            trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout))
+            trainer.add_callback(Monitor(schedule.monitor, trainer, text.heldout, text.counted))
         resume = processes.share(lambda: _newest(checkpoints))
         if features is not None:
             trainer.features = features.resumed(Path(resume) if resume else None).to(

@@ -24,20 +24,28 @@ class Measured:
     _heldout_rows: list[Callable[[slice], TeacherRows] | None]
 
     @torch.no_grad()
-    def measure(self, blocks: NDArray[np.int64], batch_size: int) -> dict[str, float]:
+    def measure(
+        self,
+        blocks: NDArray[np.int64],
+        batch_size: int,
+        counted: NDArray[np.bool_] | None = None,
+    ) -> dict[str, float]:
         """Task loss and entropy of the student on ``blocks`` ``[N, L]``, in nats per token.
 
         With a teacher also the divergence from it and the share of tokens at which both find the
         same token likeliest. The teacher runs once: give the same blocks every time. Of several
-        processes each makes the same call.
+        processes each makes the same call. ``counted`` ``[N, L]`` are the tokens to be predicted.
         """
         trainer: Any = self
         model = trainer.model_wrapped
         sums, count, training = torch.zeros(4, dtype=torch.float64), 0, model.training
         model.eval()
         for number, start in enumerate(range(0, len(blocks), batch_size)):
-            tokens_BL = torch.from_numpy(blocks[start : start + batch_size]).to(trainer.args.device)
+            rows = slice(start, start + batch_size)
+            tokens_BL = torch.from_numpy(blocks[rows]).to(trainer.args.device)
             mask_BK = packing.goes_on(tokens_BL, trainer.end)
+            if counted is not None:
+                mask_BK &= torch.from_numpy(counted[rows, 1:]).to(mask_BK.device)
             hidden_TD = trainer._hidden_states(model, tokens_BL)[:, :-1][mask_BK]
             if number == len(self._heldout_rows):
                 beside = trainer._teacher_rows(tokens_BL, mask_BK) if self.one_vocabulary else None

@@ -20,6 +20,11 @@ class Text:
     """Those to train on, in order."""
     heldout: "NDArray[np.int64] | None" = None
     """Those that the monitor measures on; without them there is none."""
+    weights: "NDArray[np.float32] | None" = None
+    """``[count, L]``: how often a token of ``blocks`` counts in the task term, 0 where it is not
+    learnt at all; every token counts once without."""
+    counted: "NDArray[np.bool_] | None" = None
+    """Which tokens of ``heldout`` are measured; all of them without."""
 
 
 @dataclass(frozen=True)

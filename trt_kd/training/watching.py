@@ -25,10 +25,17 @@ class Monitor(TrainerCallback):
     Of several processes every one measures the same blocks, and takes what the first one found.
     """
 
-    def __init__(self, config: MonitorConfig, trainer: Any, blocks: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        config: MonitorConfig,
+        trainer: Any,
+        blocks: NDArray[np.int64],
+        counted: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.config = config
         self.trainer = trainer
         self.blocks = blocks
+        self.counted = counted
         self._norms: dict[str, float] = {}
         self._seconds = 0.0
 
@@ -67,7 +74,7 @@ class Monitor(TrainerCallback):
 
     def _measure(self, args: TrainingArguments, grad_norm: float | None = None) -> None:
         start = time.monotonic()
-        found = self.trainer.measure(self.blocks, args.per_device_train_batch_size)
+        found = self.trainer.measure(self.blocks, args.per_device_train_batch_size, self.counted)
         total = sum(norm**2 for norm in self._norms.values()) ** 0.5
         if grad_norm is not None and total > 0:
             # They were noted after clipping; the step's norm is that before it.
