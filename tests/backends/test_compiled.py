@@ -35,6 +35,7 @@ def tokens(session, prompts, count):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_decoding_gives_eager_tokens_from_a_program_that_was_made_before(model):
     eager, compiled = TransformersSession(model), CompiledSession(model)
     compiled.compile(PROMPTS, 9)
