@@ -100,7 +100,7 @@ class CompiledSession(TransformersSession):
                     ids_BL = _step_of(model)(ids_BL, positions[:length], self._cache)
                 elif step is not None:
                     place = positions[length + count - 1 : length + count].clone()
-                    torch.compiler.cudagraph_mark_step_begin()
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                     ids_BL = step(ids_BL, place, self._cache).clone()
                 if ids_BL.is_cuda:
                     torch.cuda.synchronize(ids_BL.device)
