@@ -12,6 +12,9 @@ from trt_kd.exporters.onnx import Onnx
 from trt_kd.exporters.ort_genai import OrtGenai
 from trt_kd.exporters.trtllm_checkpoint import TrtllmCheckpoint
 
+ENGINES = ("tensorrt_llm", "vllm")
+"""Packages that ``fake_engines`` stands in for."""
+
 FIXTURES = {
     "ort-genai": "ort_export",
     "onnxruntime": "onnx_export",
@@ -75,3 +78,12 @@ def program(tmp_path, monkeypatch):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     return make
+
+
+@pytest.fixture
+def fake_engines(monkeypatch):
+    """Put fakes of serving engines on the path, for this process and those it starts."""
+    monkeypatch.syspath_prepend(str(Path(__file__).with_name("engines")))
+    yield
+    for name in [each for each in sys.modules if each.partition(".")[0] in ENGINES]:
+        del sys.modules[name]

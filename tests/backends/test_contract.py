@@ -17,7 +17,11 @@ LIMIT = {
 TOKENS = np.random.default_rng(0).integers(1, 512, (3, 12))
 
 
-@pytest.fixture(params=BACKENDS.names())
+WITH_LOGITS = [name for name in BACKENDS.names() if BACKENDS.load(name).gives_logits]
+"""The others are engines that stream tokens: tests/backends/test_streaming.py."""
+
+
+@pytest.fixture(params=WITH_LOGITS)
 def session(request, directory_for):
     with BACKENDS.load(request.param)(threads=1).load(directory_for(request.param)) as session:
         yield session

@@ -6,7 +6,7 @@ import pytest
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.errors import ModelError
 from trt_kd.latency.model import LatencyModel, Timed
-from trt_kd.latency.operators import METRICS, OPERATORS, amounts
+from trt_kd.latency.operators import METRICS, OPERATORS, amounts, experts_read
 from trt_kd.latency.table import Cell, Row, drift_corrected
 
 SHAPE = ModelShape(
@@ -20,6 +20,20 @@ SHAPE = ModelShape(
     vocab=49152,
     tied=True,
 )
+MIXTURE = SHAPE.with_sizes(ffn=0, experts=16, experts_per_token=4, expert_ffn=256)
+MIXTURE_SIZES = [
+    {},
+    {"layers": 20},
+    {"experts": 8},
+    {"expert_ffn": 128},
+    {"experts": 8, "expert_ffn": 192},
+    {"heads": 6, "kv_heads": 2},
+    {"heads": 6},
+    {"hidden": 448},
+    {"layers": 24, "experts": 10, "expert_ffn": 160},
+    {"layers": 20, "experts": 8, "expert_ffn": 128, "hidden": 512},
+]
+INPUT_TOKENS = 16
 TRUE = {
     "step": 1.5,
     "layer": 0.05,
@@ -27,6 +41,9 @@ TRUE = {
     "mlp": 2e-8,
     "head": 1e-8,
     "context": 1e-5,
+    "router": 2e-8,
+    "experts": 3e-8,
+    "routed": 1e-8,
 }
 SIZES = [
     {},
@@ -42,11 +59,12 @@ SIZES = [
 
 
 def true_ms(shape, metric, batch):
-    units = amounts(shape, metric)
+    tokens = batch * INPUT_TOKENS if metric == "ttft_ms" else batch
+    units = amounts(shape, metric, tokens)
     return sum(TRUE[name] * units[name] for name in units) * (1 + 0.2 * batch)
 
 
-def made(sizes=SIZES, noise=0.0, batches=(1, 4, 8)):
+def made(sizes=SIZES, noise=0.0, batches=(1, 4, 8), source=SHAPE):
     rng = np.random.default_rng(0)
     return LatencyModel(
         "int4",
@@ -60,14 +78,16 @@ def made(sizes=SIZES, noise=0.0, batches=(1, 4, 8)):
                     for batch in batches
                 },
             )
-            for shape in (SHAPE.with_sizes(**one) for one in sizes)
+            for shape in (source.with_sizes(**one) for one in sizes)
         ],
+        input_tokens=INPUT_TOKENS,
     )
 
 
 def test_every_amount_is_a_known_operator():
     for metric in METRICS:
-        assert list(amounts(SHAPE, metric)) == list(OPERATORS)
+        assert list(amounts(MIXTURE, metric)) == list(OPERATORS)
+        assert amounts(SHAPE, metric).keys() == OPERATORS.keys() - {"router", "experts", "routed"}
 
 
 def test_weights_are_those_of_the_parts():
@@ -136,9 +156,46 @@ def test_no_operator_takes_less_than_no_time():
         assert min(fit.ms_per_unit.values()) >= 0
 
 
-def test_a_mixture_of_experts_is_refused():
-    with pytest.raises(ModelError, match="mixture of experts"):
-        amounts(SHAPE.with_sizes(experts=8), "itl_ms")
+@pytest.mark.parametrize(("experts", "per_token", "tokens"), [(8, 2, 1), (8, 2, 5), (6, 3, 4)])
+def test_the_experts_that_a_step_reads_are_those_that_chance_gives(experts, per_token, tokens):
+    rng = np.random.default_rng(0)
+    picks = rng.random((20_000, tokens, experts)).argsort(-1)[..., :per_token]
+    read = np.mean([len(set(step.ravel().tolist())) for step in picks])
+    assert experts_read(experts, per_token, tokens) == pytest.approx(read, rel=0.01)
+
+
+def test_one_token_reads_what_it_passes_through_and_many_read_every_expert():
+    one, many = (amounts(MIXTURE, "itl_ms", tokens) for tokens in (1, 10_000))
+    assert one["experts"] == pytest.approx(one["routed"])
+    assert many["experts"] == pytest.approx(MIXTURE.parts()["experts"])
+    assert one["router"] == MIXTURE.parts()["router"]
+    assert one["mlp"] == MIXTURE.parts()["mlp"]
+    active = one["routed"] + one["router"] + one["mlp"] + one["attention"] + one["head"]
+    assert active == pytest.approx(MIXTURE.active_parameters - MIXTURE.parts()["norms"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dense_layers", [0, 2])
+def test_a_mixture_of_experts_is_predicted_within_what_was_measured(metric, dense_layers):
+    source = MIXTURE.with_sizes(dense_layers=dense_layers, ffn=64 * dense_layers)
+    model = made(MIXTURE_SIZES, source=source)
+    unseen = source.with_sizes(experts=12, expert_ffn=224, layers=20)
+    assert model.predict(metric, unseen, 4) == pytest.approx(true_ms(unseen, metric, 4))
+    sizes = np.array([16, 12, 2])
+    ms = model.predict(metric, source.with_sizes(experts=sizes), 4)
+    assert ms[:2].tolist() == pytest.approx(
+        [model.predict(metric, source.with_sizes(experts=int(size)), 4) for size in sizes[:2]]
+    )
+    assert ms[2] == np.inf
+    with pytest.raises(ModelError, match="experts 2 "):
+        model.predict(metric, source.with_sizes(experts=2), 4)
+
+
+def test_fewer_experts_save_prefill_and_large_batches_and_nothing_of_a_single_token():
+    fewer = MIXTURE.with_sizes(experts=8)
+    for tokens, saves in ((1, False), (8, True), (256, True)):
+        read = [amounts(shape, "itl_ms", tokens)["experts"] for shape in (MIXTURE, fewer)]
+        assert (read[0] > 1.01 * read[1]) is saves
 
 
 def cell(ms, batch=4):

@@ -84,6 +84,16 @@ def test_a_rehearsal_shrinks_every_section_and_changes_every_key(tmp_path):
     assert recipe.rehearsal().distill.steps <= 2
 
 
+def test_a_runtime_of_a_variant_that_is_not_measured_is_refused(tmp_path):
+    quickstart = WORKFLOWS / "quickstart.yaml"
+    compiled = "{kind: transformers, compile: true}"
+    plan = make_plan(load_recipe(quickstart, [f"benchmark.backends.student={compiled}"]), tmp_path)
+    planned = {one.step.name: one.step for one in plan.steps}
+    assert planned["benchmark"].config.backends["student"].compile
+    with pytest.raises(ConfigError, match=r"no variant 'pupil'\n  hint: available: teacher, "):
+        make_plan(load_recipe(quickstart, [f"benchmark.backends.pupil={compiled}"]), tmp_path)
+
+
 def test_what_cannot_be_run_here_is_refused_where_it_would_be_measured(tmp_path):
     engine = "{lane: {kind: tensorrt-rtx}}"
     quickstart = WORKFLOWS / "quickstart.yaml"

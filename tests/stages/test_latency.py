@@ -7,7 +7,9 @@ import pytest
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.artifacts.environment import environment
+from trt_kd.checkpoints import save_model
 from trt_kd.cli.candidates import dry_run
+from trt_kd.config import StageConfig
 from trt_kd.errors import ConfigError, ModelError
 from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
@@ -22,8 +24,26 @@ from trt_kd.stages.prune import PruneConfig, prune
 from trt_kd.stages.score import score, scoring_of
 from trt_kd.stages.twins import SOURCE, Stand
 
+
+class LoneConfig(StageConfig):
+    """Settings of an artifact that no stage made."""
+
+    stage = "import"
+
+
 AXES = [{"kind": "ffn", "multiple_of": 8}, "depth"]
-TRUE = {"step": 1.0, "layer": 0.5, "attention": 1e-5, "mlp": 1e-4, "head": 0.0, "context": 0.0}
+TRUE = {
+    "step": 1.0,
+    "layer": 0.5,
+    "attention": 1e-5,
+    "mlp": 1e-4,
+    "head": 0.0,
+    "context": 0.0,
+    "router": 1e-4,
+    "experts": 1e-3,
+    "routed": 1e-4,
+}
+INPUT_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +52,39 @@ def data(text_file):
 
 
 @pytest.fixture(scope="module")
+def mixture(tmp_path_factory, tokenizer_dir):
+    """A tiny Mixtral of four experts, two for a token."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    settings = MixtralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    out = tmp_path_factory.mktemp("mixture") / "teacher"
+    with writing(out, kind="checkpoint", config=LoneConfig(), inputs={}) as draft:
+        save_model(MixtralForCausalLM(settings).eval(), draft.path, tokenizer_from=tokenizer_dir)
+    return Artifact.open(out, expect="checkpoint")
+
+
+@pytest.fixture(scope="module")
 def settings(data):
     return {
         "axes": AXES,
         "lanes": {"plain": "onnx"},
         "batch_sizes": (1, 2),
-        "input_tokens": 8,
+        "input_tokens": INPUT_TOKENS,
         "output_tokens": 3,
         "probes": 4,
         "together": 2,
@@ -64,7 +111,8 @@ def cells(shape, batch_sizes, factor=1.0):
     for batch in batch_sizes:
         times = {}
         for metric in METRICS:
-            units = amounts(shape, metric)
+            tokens = batch * (INPUT_TOKENS if metric == "ttft_ms" else 1)
+            units = amounts(shape, metric, tokens)
             ms = factor * batch * sum(TRUE[name] * units[name] for name in units)
             times[metric] = {"p50": ms, "p90": ms, "p99": ms}
         found.append(Cell(batch_size=batch, spread=0.0, **times))
@@ -80,12 +128,13 @@ def written(out, config, teacher, *, kl_nats=None):
             Row(sizes=one.changes(shape), cells=cells(one, config.batch_sizes, 0.5**number))
             for one in [shape, *config.shapes(shape)]
         ]
-        lane = {"kind": "onnx", "precision": "fp32"}
-        lanes[name] = Lane(lane=lane, backend="onnxruntime", kl_nats=nats, rows=rows)
+        lane = config.lanes["plain"]
+        settings = lane.model_dump(mode="json")
+        lanes[name] = Lane(lane=settings, backend=lane.backend, kl_nats=nats, rows=rows)
     made = LatencyTable(
         hardware=environment(),
         source=vars(shape),
-        input_tokens=8,
+        input_tokens=INPUT_TOKENS,
         output_tokens=3,
         lanes=lanes,
     )
@@ -224,6 +273,22 @@ def test_the_largest_size_that_is_fast_enough_is_kept(data, teacher, exact, runt
     assert record["lane"] == "plain"
     assert record["tried"][0]["verdict"] == "kept"
     assert record["corners"][0]["name"] == "unpruned"
+
+
+def test_experts_are_cut_to_what_is_fast_enough(data, settings, mixture, runtime, tmp_path):
+    axis = {"kind": "expert_ffn", "multiple_of": 8}
+    change = {"axes": ["experts", axis]}
+    table = LatencyConfig.model_validate(settings | change | {"lanes": {"plain": "hf-unified"}})
+    exact = written(tmp_path / "exact", table, mixture)
+    limit = {"latency": {"batch": 2, "ttft_ms": "95%"}}
+    config = PruneConfig.model_validate(
+        {"axes": [axis], "budget": limit, "calibration_tokens": 64, "data": data}
+    )
+    made = prune(config, source=mixture, latency=exact, out=tmp_path / "pruned")
+    kept, shape = read_shape(made.path), read_shape(mixture.path)
+    before, after = (cells(one, [2])[0].ttft_ms["p50"] for one in (shape, kept))
+    assert after <= 0.95 * before
+    assert made.metrics["latency"]["tried"][0]["verdict"] == "kept"
 
 
 def test_what_misses_the_limit_when_measured_is_dropped(data, teacher, exact, runtime, tmp_path):

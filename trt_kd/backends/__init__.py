@@ -18,6 +18,8 @@ BACKENDS: Registry["type[Backend]"] = Registry(
         "transformers": "trt_kd.backends.transformers:TransformersBackend",
         "ort-genai": "trt_kd.backends.ort_genai:OrtGenai",
         "onnxruntime": "trt_kd.backends.onnxruntime:OnnxRuntime",
+        "trtllm": "trt_kd.backends.trtllm:Trtllm",
+        "vllm": "trt_kd.backends.vllm:Vllm",
         "hf-unified": "trt_kd.exporters.hf_unified_reader:HfUnifiedReader",
         "trtllm-checkpoint": "trt_kd.exporters.trtllm_reader:TrtllmReader",
     },

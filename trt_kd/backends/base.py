@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import numpy as np
 from pydantic import PositiveInt
@@ -28,8 +29,20 @@ BACKEND_OF_LANE = {"onnx": "onnxruntime"}
 class Backend(Plugin, ABC):
     """A runtime and its options."""
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What it loads besides exports of the lane that has its name: ``checkpoint``, other lanes."""
+    gives_logits: ClassVar[bool] = True
+    """Whether its sessions tell logits, so that exports can be compared and evaluated in it."""
+
     threads: PositiveInt | None = None
     """CPU threads of the runtime; None leaves the choice to the runtime."""
+
+    def check(self) -> None:
+        """Check, without a model, that the runtime is here; ``load`` finds what else is wrong.
+
+        Raises:
+            MissingDependencyError: if it is not, as far as that can be told before it is loaded.
+        """
 
     @abstractmethod
     def load(self, directory: Path) -> "Session":
@@ -73,6 +86,14 @@ class Session(ABC):
 
     vocab_size: int
     """Columns of the logits."""
+    compiles: bool = False
+    """Whether ``compile`` has something to do."""
+
+    def compile(self, prompts: list[list[int]], new_tokens: int) -> None:  # noqa: B027
+        """Compile for prompts of this number and length, unless that was just done.
+
+        Harnesses call it before ``steps`` and time it apart.
+        """
 
     @abstractmethod
     def logits(self, tokens_BL: np.ndarray) -> np.ndarray:
@@ -129,17 +150,43 @@ def backend_for(artifact: Artifact) -> Backend:
     Raises:
         ArtifactError: if it is neither a checkpoint nor an export, or no backend runs its lane.
     """
-    if artifact.manifest.kind == "checkpoint":
+    form = form_of(artifact)
+    if form == "checkpoint":
         return BACKENDS.load("transformers").model_validate({"kind": "transformers"})
-    lane = lane_of(artifact).get("kind")
-    lane = BACKEND_OF_LANE.get(str(lane), lane)
-    if lane not in BACKENDS.names() and ":" not in str(lane):
+    lane = BACKEND_OF_LANE.get(form, form)
+    if lane not in BACKENDS.names() and ":" not in lane:
         raise ArtifactError(
             f"{artifact.path}: no backend runs the lane {lane!r}; "
             f"available: {', '.join(BACKENDS.names())}",
             hint="export to a lane that has a backend, or measure it with the runtime's own tools",
         )
-    return BACKENDS.load(str(lane)).model_validate({"kind": lane})
+    return BACKENDS.load(lane).model_validate({"kind": lane})
+
+
+def check_reads(backend: Backend, artifact: Artifact) -> None:
+    """Check that ``backend`` loads what ``artifact`` is; a user's own is taken at its word.
+
+    Raises:
+        ArtifactError: if it does not.
+    """
+    form = form_of(artifact)
+    known = {backend.kind, *backend.reads}
+    if BACKEND_OF_LANE.get(form, form) not in known and ":" not in backend.kind:
+        raise ArtifactError(
+            f"{artifact.path}: backend {backend.kind} does not load a {form}",
+            hint=f"it loads: {', '.join(sorted(known))}; or leave the choice of backend out",
+        )
+
+
+def form_of(artifact: Artifact) -> str:
+    """``checkpoint``, or the lane of an export.
+
+    Raises:
+        ArtifactError: if ``artifact`` is neither, or does not say its lane.
+    """
+    return (
+        "checkpoint" if artifact.manifest.kind == "checkpoint" else str(lane_of(artifact)["kind"])
+    )
 
 
 def lane_of(artifact: Artifact) -> Mapping[str, object]:

@@ -26,6 +26,8 @@ class Samples:
     load_averages: list[float] = field(default_factory=list)
     warmup_s: list[float] = field(default_factory=list)
     """Seconds of the warm-up runs."""
+    compile_s: float | None = None
+    """Seconds that compiling for the workload took; None where nothing is compiled."""
     error: str | None = None
     """Why there is no measurement, such as too little memory."""
 
@@ -67,11 +69,14 @@ def interleave(
             if known is not None:
                 found |= {(name, workload): samples_of(known[name]) for name in workers}
                 continue
+            for name in (each for each in workers if workers[each].compiles):
+                rows = prompts[name][: workload.batch_size, : workload.input_tokens].tolist()
+                error = _compile(found[name, workload], workload, workers[name], rows)
+                _note(failures, name, error)
             for turn in rounds.turns_at(place, list(workers), is_warm):
                 rows = prompts[turn.variant][turn.rows, : workload.input_tokens].tolist()
                 error = _run(found[turn.key], turn, workers[turn.variant], rows)
-                if error is not None and not isinstance(error, OutOfMemoryError):
-                    failures.setdefault(turn.variant, error)
+                _note(failures, turn.variant, error)
                 bar.update()
             measured = {name: found[name, workload] for name in workers}
             if finished and all(each.error is None for each in measured.values()):
@@ -83,6 +88,29 @@ def interleave(
     return found
 
 
+def _note(failures: dict[str, TrtKdError], name: str, error: TrtKdError | None) -> None:
+    """Keep the first failure of ``name`` that is not for want of memory."""
+    if error is not None and not isinstance(error, OutOfMemoryError):
+        failures.setdefault(name, error)
+
+
+def _compile(
+    samples: Samples, workload: Workload, worker: Worker, rows: list[list[int]]
+) -> TrtKdError | None:
+    """Compile for ``workload`` and keep how long it took; return what went wrong."""
+    try:
+        samples.compile_s = worker.compile(rows, workload.output_tokens)
+    except TrtKdError as error:
+        return _failed(samples, workload, error)
+    return None
+
+
+def _failed(samples: Samples, workload: Workload, error: TrtKdError) -> TrtKdError:
+    samples.error = str(error.args[0])
+    logger.warning("%s was not measured: %s", name_of(workload), samples.error)
+    return error
+
+
 def _run(samples: Samples, turn: Turn, worker: Worker, rows: list[list[int]]) -> TrtKdError | None:
     """Run one turn and keep what it took; return what went wrong the first time."""
     if samples.error is not None:
@@ -91,9 +119,7 @@ def _run(samples: Samples, turn: Turn, worker: Worker, rows: list[list[int]]) ->
     try:
         run = worker.run(rows, workload.output_tokens)
     except TrtKdError as error:
-        samples.error = str(error.args[0])
-        logger.warning("%s was not measured: %s", name_of(workload), samples.error)
-        return error
+        return _failed(samples, workload, error)
     if turn.repeat < 0:
         samples.warmup_s.append(sum(run.step_s))
     else:
@@ -131,6 +157,7 @@ def record(
             "load_average": max(samples.load_averages),
             "peak_memory_bytes": max(run.peak_memory_bytes for run in samples.runs),
         }
+        | ({} if samples.compile_s is None else {"compile_s": samples.compile_s})
     )
 
 

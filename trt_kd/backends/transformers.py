@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -13,20 +13,36 @@ from trt_kd.measuring.roofline import DecodeWork
 from trt_kd.optional import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
 class TransformersBackend(Backend):
-    """Stock transformers, eager: float32 on a CPU, bfloat16 on a GPU."""
+    """Stock transformers, eager or compiled: float32 on a CPU, bfloat16 on a GPU."""
+
+    reads: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
     kind: Literal["transformers"] = "transformers"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; ``auto`` takes the GPU if there is one."""
+    compile: bool = False
+    """Compile decoding steps (``torch.compile``) over a static cache, for one workload after the
+    other; prefill stays eager. The time that takes is recorded by itself, as ``compile_s``."""
+
+    def check(self) -> None:
+        """See the base class."""
+        require("torch", extra="compress")
+        require("transformers", extra="compress")
+        if self.compile:
+            from trt_kd.backends.compiled import require_compiler
+
+            require_compiler()
 
     def load(self, directory: Path) -> "TransformersSession":
         """See the base class."""
-        torch = require("torch", extra="compress")
-        require("transformers", extra="compress")
+        self.check()
+        import torch
+
         from trt_kd.checkpoints import load_model
 
         device = self.device
@@ -36,6 +52,10 @@ class TransformersBackend(Backend):
             torch.set_num_threads(self.threads)
         dtype = "bfloat16" if device == "cuda" else "float32"
         model: Any = load_model(directory, dtype=dtype)
+        if self.compile:
+            from trt_kd.backends.compiled import CompiledSession
+
+            return CompiledSession(model.to(device))
         return TransformersSession(model.to(device))
 
     def on_gpu(self) -> bool:
@@ -68,19 +88,24 @@ class TransformersSession(Session):
 
     def steps(self, prompts: list[list[int]], new_tokens: int) -> Iterator[None]:
         """See the base class."""
+        for _ in self.greedy(prompts, new_tokens):
+            yield
+
+    def greedy(self, prompts: list[list[int]], new_tokens: int) -> "Iterator[Tensor]":
+        """Decode as ``steps`` does; yield the next token of every sequence, ``[B, 1]``."""
         import torch
 
         model = self._opened()
-        ids = torch.as_tensor(rectangle(prompts), device=model.device)
+        ids_BL = torch.as_tensor(rectangle(prompts), device=model.device)
         cache = None
         for _ in range(new_tokens):
             with torch.inference_mode():
-                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids = output.logits[:, -1].argmax(-1, keepdim=True)
+                output = model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids_BL = output.logits[:, -1].argmax(-1, keepdim=True)
                 cache = output.past_key_values
-                if ids.is_cuda:
-                    torch.cuda.synchronize(ids.device)
-            yield
+                if ids_BL.is_cuda:
+                    torch.cuda.synchronize(ids_BL.device)
+            yield ids_BL
 
     def close(self) -> None:
         """See the base class."""

@@ -77,8 +77,11 @@ class Worker:
         theirs.close()
         try:
             request = {"backend": backend.model_dump(mode="json"), "directory": str(directory)}
-            self.load_s = float(self._ask(request)["load_s"])
+            told = self._ask(request)
+            self.load_s = float(told["load_s"])
             """Seconds to load the runtime's libraries and the model."""
+            self.compiles = bool(told["compiles"])
+            """Whether workloads are compiled for."""
         except BaseException:
             self.close()
             raise
@@ -98,6 +101,16 @@ class Worker:
         end_s = self._watch.clock()
         used = gpu_use(self._watch.between(start_s, end_s), start_s, end_s)
         return Run(**told, gpu=used)
+
+    def compile(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Compile for a workload of this shape; return the seconds that it took.
+
+        Raises:
+            OutOfMemoryError: if the process could not get the memory; it goes on serving.
+            TrtKdError: if it failed otherwise or died.
+        """
+        request = {"prompts": prompts, "new_tokens": new_tokens, "compile": True}
+        return float(self._ask(request)["compile_s"])
 
     def close(self) -> None:
         """End the process."""
@@ -174,11 +187,14 @@ def _load(request: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
     backend: Any = build_plugin(registry, request["backend"])
     loaded: list[Session] = []
     seconds = measure_call(lambda: loaded.append(backend.load(Path(request["directory"]))))
-    return loaded[0], {"load_s": seconds}
+    return loaded[0], {"load_s": seconds, "compiles": loaded[0].compiles}
 
 
 def _measure(session: Session, request: dict[str, Any]) -> dict[str, Any]:
-    step_s = measure_steps(session, request["prompts"], request["new_tokens"])
+    prompts, new_tokens = request["prompts"], request["new_tokens"]
+    if request.get("compile"):
+        return {"compile_s": measure_call(lambda: session.compile(prompts, new_tokens))}
+    step_s = measure_steps(session, prompts, new_tokens)
     return {"step_s": step_s, "peak_memory_bytes": peak_memory_bytes()}
 
 

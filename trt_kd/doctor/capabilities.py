@@ -49,6 +49,7 @@ BACKENDS = {
     "hf-unified": Needs(COMPRESS),
     "ort-genai": Needs(("onnxruntime", "onnxruntime-genai")),
     "onnxruntime": Needs(("onnxruntime",)),
+    "trtllm": Needs(("tensorrt-llm",), gpu=True),
     "trtllm-bench": Needs((), ("trtllm-bench",), gpu=True),
     "trtllm-serve": Needs((), ("trtllm-serve",), gpu=True),
     "openai-server": Needs((), ("aiperf",)),

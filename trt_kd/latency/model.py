@@ -40,10 +40,12 @@ class Fit:
     """By operator; one that never changed among the measured models is part of ``step``."""
     errors: tuple[float, ...]
     """By measured model: error of the prediction without it, as a share of what was measured."""
+    tokens: int = 1
+    """Tokens that a step works on."""
 
     def predict(self, shape: ModelShape) -> Any:
         """Milliseconds of ``shape``, of numbers or arrays."""
-        units = amounts(shape, self.metric)
+        units = amounts(shape, self.metric, self.tokens)
         return sum(ms * units[name] for name, ms in self.ms_per_unit.items())
 
     @property
@@ -60,8 +62,10 @@ class Fit:
 class LatencyModel:
     """Predicts one runtime in one format, within the sizes and batch sizes that were measured."""
 
-    def __init__(self, lane: str, timed: Sequence[Timed]) -> None:
+    def __init__(self, lane: str, timed: Sequence[Timed], *, input_tokens: int) -> None:
         """Take what was measured, the unpruned model first; ``lane`` stands in every error.
+
+        ``input_tokens`` is the length of the prompts.
 
         Raises:
             ValueError: if fewer than two models were measured.
@@ -72,6 +76,7 @@ class LatencyModel:
             )
         self.lane = lane
         self.source = timed[0].shape
+        self.input_tokens = input_tokens
         self._timed = tuple(timed)
         self.batch_sizes = sorted({batch for _, batch in timed[0].ms})
 
@@ -79,7 +84,7 @@ class LatencyModel:
     def fits(self) -> dict[tuple[Metric, int], Fit]:
         """One fit per metric and batch size; a metric that was not measured has none."""
         return {
-            (metric, batch): _fit(metric, batch, self._timed)
+            (metric, batch): _fit(metric, batch, self._tokens(metric, batch), self._timed)
             for metric in METRICS
             for batch in self.batch_sizes
             if all((metric, batch) in one.ms for one in self._timed)
@@ -117,6 +122,10 @@ class LatencyModel:
     def error(self, metric: Metric, batch_size: int) -> float:
         """Median error of predictions, as a share: the larger one of the batch sizes around."""
         return max(fit.median_error for fit in self._around(metric, batch_size))
+
+    def _tokens(self, metric: Metric, batch_size: int) -> int:
+        """Tokens that a step works on: a prompt of every sequence, or one token of each."""
+        return batch_size * self.input_tokens if metric == "ttft_ms" else batch_size
 
     def _between(self, metric: Metric, batch_size: int, of: Callable[[Fit], Any]) -> Any:
         """Interpolate what ``of`` gives for the nearest batch sizes."""
@@ -160,8 +169,8 @@ class LatencyModel:
         return " and ".join(told)
 
 
-def _fit(metric: Metric, batch_size: int, timed: Sequence[Timed]) -> Fit:
-    rows = [amounts(one.shape, metric) for one in timed]
+def _fit(metric: Metric, batch_size: int, tokens: int, timed: Sequence[Timed]) -> Fit:
+    rows = [amounts(one.shape, metric, tokens) for one in timed]
     names = _varying(rows)
     units_NK = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
     ms_N = np.array([one.ms[metric, batch_size] for one in timed], dtype=np.float64)
@@ -171,7 +180,8 @@ def _fit(metric: Metric, batch_size: int, timed: Sequence[Timed]) -> Fit:
         ms_K = _solve(units_NK[others], ms_N[others])
         errors.append(float(units_NK[left_out] @ ms_K / ms_N[left_out] - 1))
     ms_K = _solve(units_NK, ms_N)
-    return Fit(metric, batch_size, dict(zip(names, ms_K.tolist(), strict=True)), tuple(errors))
+    ms_per_unit = dict(zip(names, ms_K.tolist(), strict=True))
+    return Fit(metric, batch_size, ms_per_unit, tuple(errors), tokens)
 
 
 def _varying(rows: Sequence[Mapping[str, float]]) -> list[str]:
@@ -180,7 +190,7 @@ def _varying(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return [
         name
         for name in first
-        if name == "step" or any(abs(row[name] / first[name] - 1) > _SAME for row in rows)
+        if name == "step" or any(abs(row[name] - first[name]) > _SAME * first[name] for row in rows)
     ]
 
 

@@ -83,7 +83,7 @@ class LatencyTable(StrictModel):
                 hint=f"available: {', '.join(self.lanes)}",
             )
         timed = [_timed(self.shape, row, f"p{percentile}") for row in self.lanes[lane].rows]
-        return LatencyModel(lane, timed)
+        return LatencyModel(lane, timed, input_tokens=self.input_tokens)
 
     def save(self, folder: Path) -> None:
         """Write the file into ``folder``."""

@@ -41,7 +41,7 @@ def steps(recipe: Recipe) -> list[Step]:
         made += _export(recipe, spec, "student", name)
     made += _evaluations(recipe)
     if recipe.benchmark is not None:
-        made.append(Step("benchmark", recipe.benchmark, _corners(recipe)))
+        made.append(Step("benchmark", recipe.benchmark, timed_roles(recipe)))
     made.append(_report(recipe, made))
     return made
 
@@ -117,7 +117,7 @@ def measured_roles(recipe: Recipe) -> dict[str, str]:
     return measured
 
 
-def _corners(recipe: Recipe) -> dict[str, str]:
+def timed_roles(recipe: Recipe) -> dict[str, str]:
     """The four corners: base and pruned, unquantized and quantized."""
     suffix = "-baseline" if recipe.export.baseline is not None else ""
     return {
@@ -130,7 +130,7 @@ def _corners(recipe: Recipe) -> dict[str, str]:
 
 def _report(recipe: Recipe, made: list[Step]) -> Step:
     inputs: dict[str, str] = {}
-    corners = _corners(recipe)
+    corners = timed_roles(recipe)
     for role in measured_roles(recipe):
         inputs[f"{role}.model"] = role.removesuffix("_quantized")
         inputs[f"{role}.evaluation"] = f"evaluate-{role}"

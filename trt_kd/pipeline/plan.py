@@ -11,9 +11,10 @@ from typing import Literal
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import MANIFEST, Artifact, work_directory, work_key
+from trt_kd.backends.choosing import check_names
 from trt_kd.errors import ArtifactError, ConfigError, ModelError
 from trt_kd.pipeline.estimate import Estimate, Shapes, estimate
-from trt_kd.pipeline.flow import Step, measured_roles, steps
+from trt_kd.pipeline.flow import Step, measured_roles, steps, timed_roles
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
 from trt_kd.reporting.gates import unmet_needs
 
@@ -57,6 +58,8 @@ def make_plan(recipe: Recipe, root: Path) -> Plan:
         ConfigError, ModelError: if a step could not succeed, whatever is computed before it.
     """
     check_gates(recipe)
+    if recipe.benchmark is not None:
+        check_names(recipe.benchmark.backends, timed_roles(recipe))
     shapes = planned_shapes(recipe)
     if shapes.teacher is not None:
         check(recipe, shapes)

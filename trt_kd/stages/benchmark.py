@@ -28,13 +28,14 @@ from typing_extensions import Self
 from trt_kd.artifacts import Artifact, Finished, work_directory, work_key, writing
 from trt_kd.artifacts.environment import environment
 from trt_kd.artifacts.manifest import Metric
-from trt_kd.backends import LOAD_GENERATORS
-from trt_kd.backends.base import Backend, backend_for, lane_of
+from trt_kd.backends import BACKENDS, LOAD_GENERATORS
+from trt_kd.backends.base import Backend, lane_of
+from trt_kd.backends.choosing import choose
 from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
 from trt_kd.backends.load import LoadGenerator, Runs, Workplace, load_record, rows_needed, sweep
 from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
-from trt_kd.config import StageConfig, build_plugin
+from trt_kd.config import StageConfig, build_plugin, plugin_field
 from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_digest
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
@@ -86,6 +87,9 @@ class BenchmarkConfig(StageConfig):
     """Order of the documents."""
     threads: PositiveInt | None = None
     """CPU threads of every runtime; None leaves the choice to the runtime."""
+    backends: dict[str, plugin_field(BACKENDS, Backend)] = {}  # type: ignore[valid-type]
+    """Runtime by the name of a variant, such as ``student: {kind: transformers, compile: true}``;
+    of the others checkpoints run in transformers and exports in their lane."""
     load_generator: SerializeAsAny[LoadGenerator] | None = None
     """Tool that measures instead of our own clock, such as ``trtllm-bench``; ``batch_sizes`` are
     then the requests in flight at once."""
@@ -118,11 +122,14 @@ class BenchmarkConfig(StageConfig):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        names = ("warmup", "warmup_tolerance", "threads")
+        names = ("warmup", "warmup_tolerance", "threads", "backends")
         fields = type(self).model_fields
         idle = [name for name in names if getattr(self, name) != fields[name].default]
         if self.load_generator is not None and idle:
             raise ValueError(f"{', '.join(idle)}: no effect beside load_generator")
+        both = [name for name, each in self.backends.items() if each.threads is not None]
+        if self.threads is not None and both:
+            raise ValueError(f"backends.{both[0]}.threads: no effect beside threads")
         return self
 
     def outside(self) -> dict[str, str]:
@@ -232,10 +239,7 @@ def _prompts(
 
 def _decoded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path) -> Measured:
     """Measure variants that decode step by step, each in a process of its own."""
-    backends = {
-        name: backend_for(artifact).model_copy(update={"threads": config.threads})
-        for name, artifact in variants.items()
-    }
+    backends = choose(config.backends, variants, config.threads)
     found: dict[tuple[str, Workload], Samples] = {}
     rounds, tolerance = config.rounds, config.warmup_tolerance
     prompts = _prompts(config, {n: each.path for n, each in variants.items()}, rounds.rows)

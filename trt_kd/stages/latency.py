@@ -31,7 +31,6 @@ from trt_kd.errors import ModelError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
 from trt_kd.latency.model import Fit
-from trt_kd.latency.operators import amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, drift_corrected
 from trt_kd.measuring.progress import progress
 from trt_kd.pruning import AXES
@@ -134,7 +133,6 @@ class LatencyConfig(Timing):
         architecture = architecture_of(shape.model_type)
         for axis in self.axes:
             architecture.check_axis(axis.kind, shape)
-        amounts(shape, "itl_ms")
         return probes(
             self.axes,
             shape,

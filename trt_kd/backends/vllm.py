@@ -1,0 +1,77 @@
+"""vLLM in this process: its ``AsyncLLM`` engine, without a server in between."""
+
+from collections.abc import AsyncIterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from trt_kd.architectures.shape import read_shape
+from trt_kd.backends.streaming import Engine, StreamingSession
+from trt_kd.errors import MissingDependencyError
+
+PACKAGE = "vllm"
+
+
+class Vllm(Engine):
+    """vLLM's AsyncLLM on an NVIDIA GPU, bfloat16 or the format of the export."""
+
+    kind: Literal["vllm"] = "vllm"
+
+    def check(self) -> None:
+        """See the base class."""
+        from importlib.util import find_spec
+
+        if find_spec(PACKAGE) is None:
+            raise MissingDependencyError(
+                "vllm is not installed",
+                hint="run this trt-kd command where it is, such as the image vllm/vllm-openai",
+            )
+
+    def load(self, directory: Path) -> "VllmSession":
+        """See the base class."""
+        self.check()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(
+            model=str(directory),
+            dtype="bfloat16",
+            tensor_parallel_size=self.tensor_parallel,
+            gpu_memory_utilization=self.memory_share,
+            max_model_len=self.context_tokens,
+            enable_prefix_caching=False,
+        )
+        return VllmSession(AsyncLLM.from_engine_args(arguments), read_shape(directory).vocab)
+
+
+class VllmSession(StreamingSession):
+    """A running vLLM engine."""
+
+    def __init__(self, engine: Any, vocab_size: int) -> None:
+        super().__init__(PACKAGE, vocab_size)
+        self._engine: Any = engine
+        self._numbers = count()
+
+    async def stream(self, prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
+        """See the base class."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        tokens = 0
+        request = {"prompt_token_ids": prompt}
+        name = f"trt-kd-{next(self._numbers)}"
+        async for output in self._engine.generate(request, sampling, request_id=name):
+            tokens += len(output.outputs[0].token_ids)
+            yield tokens
+
+    def shut_down(self) -> None:
+        """See the base class."""
+        self._engine.shutdown()
+        self._engine = None
