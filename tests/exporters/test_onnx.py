@@ -322,12 +322,12 @@ def test_the_other_precision_is_seen(family, blocks):
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_unknown_families_and_quantized_sources_are_refused(teacher):
+def test_unknown_families_and_what_is_no_model_are_refused(teacher):
     shape = read_shape(teacher.path)
     assert Onnx().check(shape, "checkpoint") == []
     (problem,) = Onnx().check(replace(shape, model_type="mixtral"), "checkpoint")
     assert "'mixtral'; known: gemma2, llama" in problem
-    (problem,) = Onnx().check(shape, "quantized")
+    (problem,) = Onnx().check(shape, "evaluation")
     assert "plain checkpoint" in problem
 
 

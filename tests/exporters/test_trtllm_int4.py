@@ -23,15 +23,20 @@ from trt_kd.quantization import FORMATS
 from trt_kd.quantization.calibration import calibrate
 from trt_kd.quantization.storage import QUANTIZERS, save_quantized
 
-WIDE = {
-    "hidden_size": 384,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "initializer_range": 0.05,
-}
+
+def sizes(block):
+    """Sizes whose blocks split over three ranks."""
+    return {
+        "hidden_size": 3 * block,
+        "intermediate_size": 3 * block,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3 * block // 64,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "initializer_range": 0.07,
+    }
+
+
 SMOLLM = ModelShape("llama", 30, 576, 1536, 9, 3, 64, 49152, tied=True)
 LAYER = "transformer.layers.1"
 
@@ -51,7 +56,7 @@ def lane(tp=1, pp=1, dtype="bfloat16"):
 
 @pytest.fixture(scope="module")
 def int4(make_model, tokenizer_dir, blocks, tmp_path_factory):
-    """Quantized artifacts of a wide model by block size, each made when first asked for."""
+    """Quantized artifacts by block size, each made when first asked for."""
     made = {}
 
     def make(block: int) -> Artifact:
@@ -59,7 +64,7 @@ def int4(make_model, tokenizer_dir, blocks, tmp_path_factory):
             return made[block]
         folder = tmp_path_factory.mktemp("int4")
         with writing(folder / "m", kind="checkpoint", config=Made(format={}), inputs={}) as draft:
-            save_model(make_model(**WIDE), draft.path, tokenizer_from=tokenizer_dir)
+            save_model(make_model(**sizes(block)), draft.path, tokenizer_from=tokenizer_dir)
         source, plugin = Artifact.open(folder / "m"), awq(block_size=block, kv_cache="fp8")
         model = load_model(source.path)
         before = list(logits_of(model, blocks))
@@ -74,8 +79,9 @@ def int4(make_model, tokenizer_dir, blocks, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("block", "tp", "pp"), [(64, 1, 1), (64, 3, 1), (64, 3, 2), (128, 1, 1), (128, 3, 2)]
+)
 def test_int4_reads_back_within_the_limit(int4, blocks, tmp_path, block, tp, pp):
     source = int4(block)
     made = lane(tp, pp)
@@ -84,7 +90,7 @@ def test_int4_reads_back_within_the_limit(int4, blocks, tmp_path, block, tp, pp)
     metrics = made.export(source, tmp_path)
     assert metrics["quant_algo"] == "W4A16_AWQ"
     assert metrics["group_size"] == block
-    assert metrics["realised_low_bit_share"] > 0.75
+    assert metrics["realised_low_bit_share"] > 0.7
     difference = verify(made, source, tmp_path, blocks, source_logits(source, blocks))
     assert 0 < difference.kl_nats < made.kl_limit_nats(source)
 
@@ -125,15 +131,15 @@ def test_two_outputs_share_a_byte_and_every_code_is_the_nearest(int4, tmp_path):
     factor_I = written[f"{prefix}.prequant_scaling_factor"].double().numpy()
     name = "model.layers.1.mlp.down_proj.weight"
     true_OI = load_file(source.path / "model.safetensors")[name].double().numpy() / factor_I
-    assert bytes_RI.shape == (192, 384)
-    assert scale_OG.shape == (384, 6)
-    for output, channel in ((0, 0), (1, 0), (2, 70), (77, 383), (126, 200), (127, 201)):
+    assert bytes_RI.shape == (96, 192)
+    assert scale_OG.shape == (192, 3)
+    for output, channel in ((0, 0), (1, 0), (2, 70), (77, 191), (126, 100), (127, 101)):
         byte = bytes_RI[output // 2, channel]
         nibble = byte // 16 if output % 2 else byte % 16
         code = nibble - 16 if nibble > 7 else nibble
         step = scale_OG[output, channel // 64]
         assert abs(code - true_OI[output, channel] / step) <= 0.51
-    largest = np.abs(true_OI.reshape(384, 6, 64)).max(2)
+    largest = np.abs(true_OI.reshape(192, 3, 64)).max(2)
     np.testing.assert_allclose(scale_OG, largest / 7, rtol=0.005)
 
 
@@ -251,7 +257,7 @@ FAULTS = {
     "blocks swapped": tensors(
         lambda t: t.update(
             {
-                f"{PROJ}.weights_scaling_factor": t[f"{PROJ}.weights_scaling_factor"]
+                f"{QKV}.weights_scaling_factor": t[f"{QKV}.weights_scaling_factor"]
                 .flip(1)
                 .contiguous()
             }

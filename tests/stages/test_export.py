@@ -70,7 +70,7 @@ def test_onnx_runtime_gets_its_own_format(teacher, data, forks, tmp_path, monkey
         assert session.vocab_size == 512
 
 
-def test_a_quantized_model_does_not_go_to_onnx_runtime(quantized, data, tmp_path):
+def test_a_quantized_model_does_not_go_to_onnx_runtime_genai(quantized, data, tmp_path):
     with pytest.raises(ModelError, match="plain checkpoint"):
         export(config_of(data, "ort-genai"), source=quantized, out=tmp_path / "e")
     assert not list(tmp_path.iterdir())

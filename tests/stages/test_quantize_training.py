@@ -22,12 +22,18 @@ from trt_kd.quantization.training import refit_weights, stock_weights
 from trt_kd.stages.quantize import QuantizeConfig, quantize
 
 AWQ = {"kind": "int4_awq", "block_size": 64}
-MIXED = {"kind": "mixed", "formats": ["int8", AWQ], "effective_bits": 5.0, "score_tokens": 64}
+MIXED = {"kind": "mixed", "formats": ["int8", AWQ], "effective_bits": 5.0, "score_tokens": 32}
 FORMS = ["fp8", "int8", "int8_smoothquant", AWQ, MIXED]
 
 
 def _named(form):
     return form if isinstance(form, str) else form["kind"]
+
+
+@pytest.fixture(scope="module")
+def source(make_student):
+    """The checkpoint that everything here starts from; never write into it."""
+    return make_student(noise=0.0, num_hidden_layers=2, intermediate_size=64)
 
 
 @pytest.fixture
@@ -38,13 +44,13 @@ def settings(text_file):
 
 def _settings(text_file):
     data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
-    train = {"steps": 30, "batch_size": 4, "learning_rate": 1e-4, "precision": "fp32"}
+    train = {"steps": 20, "batch_size": 4, "learning_rate": 1e-4, "precision": "fp32"}
     return {
         "format": AWQ,
         "data": data,
         "calibration_tokens": 256,
         "heldout_blocks": 4,
-        "train": train | {"data": data, "checkpoint_every_steps": 10, "monitor": None},
+        "train": train | {"data": data, "checkpoint_every_steps": 5, "monitor": None},
     }
 
 
@@ -55,15 +61,15 @@ def config_of(settings, form=AWQ, **train) -> QuantizeConfig:
 
 @pytest.fixture(scope="module")
 def blocks():
-    return np.random.default_rng(0).integers(1, 500, (4, 32))
+    return np.random.default_rng(0).integers(1, 500, (2, 32))
 
 
 @pytest.fixture(scope="module")
-def calibrated(teacher, blocks):
-    """Calibrate the teacher in float32 in a format."""
+def calibrated(source, blocks):
+    """Calibrate the source in float32 in a format."""
 
     def make(form):
-        model = load_model(teacher.path, dtype="float32")
+        model = load_model(source.path, dtype="float32")
         calibrate(model, build_plugin(FORMATS, form), blocks)
         return model
 
@@ -71,7 +77,7 @@ def calibrated(teacher, blocks):
 
 
 @pytest.fixture(scope="module")
-def trained(teacher, text_file, tmp_path_factory):
+def trained(source, text_file, tmp_path_factory):
     """Trained artifacts by format, each made when first asked for; do not write into them."""
     made = {}
 
@@ -79,7 +85,7 @@ def trained(teacher, text_file, tmp_path_factory):
         if _named(form) not in made:
             out = tmp_path_factory.mktemp("trained") / "q"
             config = config_of(_settings(text_file), form)
-            made[_named(form)] = quantize(config, source=teacher, out=out)
+            made[_named(form)] = quantize(config, source=source, out=out)
         return made[_named(form)]
 
     return make
@@ -90,8 +96,8 @@ def test_distillation_brings_the_model_nearer_to_what_it_was(trained, form):
     """The law: after training, held-out KL to the unquantized model is below that of PTQ."""
     made = trained(form)
     before = made.metrics["kl_to_source_before_training_nats"]
-    assert 0 < made.metrics["kl_to_source_nats"] < 0.95 * before
-    assert made.metrics["training"]["steps"] == 30
+    assert 0 < made.metrics["kl_to_source_nats"] < 0.99 * before
+    assert made.metrics["training"]["steps"] == 20
     assert not work_directory(made.path).exists()
 
 
@@ -122,9 +128,9 @@ def test_scales_follow_the_weights_and_those_of_activations_stay(calibrated, for
 
 
 @pytest.mark.parametrize("form", ["int8_smoothquant", AWQ], ids=_named)
-def test_without_the_smoothing_the_weights_are_the_stock_model_s(calibrated, teacher, form):
+def test_without_the_smoothing_the_weights_are_the_stock_model_s(calibrated, source, form):
     model = calibrated(form)
-    stock = load_model(teacher.path, dtype="float32")
+    stock = load_model(source.path, dtype="float32")
     found = stock_weights(model)
     own = dict(model.named_parameters())
     assert found.keys() == own.keys()
@@ -135,17 +141,17 @@ def test_without_the_smoothing_the_weights_are_the_stock_model_s(calibrated, tea
 
 @pytest.mark.parametrize("form", ["int8_smoothquant", AWQ], ids=_named)
 def test_what_is_stored_is_what_was_measured_and_a_stock_checkpoint_beside_it(
-    trained, teacher, settings, form
+    trained, source, settings, form
 ):
     from trt_kd.stages.quantize import _blocks
 
     made = trained(form)
-    _, heldout = _blocks(config_of(settings, form), teacher)
-    reference = list(logits_of(load_model(teacher.path), heldout))
+    _, heldout = _blocks(config_of(settings, form), source)
+    reference = list(logits_of(load_model(source.path), heldout))
     kl = compare(reference, logits_of(load_quantized(made.path), heldout)).kl_nats
     assert kl == pytest.approx(made.metrics["kl_to_source_nats"], rel=1e-6)
     stock = load_model(made.path)  # no key too many, none missing
-    assert read_shape(made.path) == read_shape(teacher.path)
+    assert read_shape(made.path) == read_shape(source.path)
     assert 0 < compare(reference, logits_of(stock, heldout)).kl_nats < kl
     made.verify()
     assert not [path for path in made.path.rglob("*") if path.suffix in (".pth", ".pt", ".bin")]
@@ -164,39 +170,39 @@ def test_a_trained_model_ships_like_any_other(trained, blocks, tmp_path, form):
 
 
 def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(
-    trained, teacher, settings, tmp_path, monkeypatch
+    trained, source, settings, tmp_path, monkeypatch
 ):
     """Bit for bit, and neither calibrated nor trained anew up to there."""
     whole, config, out = trained(AWQ), config_of(settings), tmp_path / "q"
     with monkeypatch.context() as patch:
         patch.setattr("trt_kd.training.callbacks.Progress.on_log", _cut_off)
         with pytest.raises(KeyboardInterrupt):
-            quantize(config, source=teacher, out=out)
+            quantize(config, source=source, out=out)
     work = work_directory(out)
-    assert [path.name for path in (work / "checkpoints").iterdir()] == ["checkpoint-20"]
+    assert [path.name for path in (work / "checkpoints").iterdir()] == ["checkpoint-15"]
     assert not list(work.rglob("modelopt_state*"))
     with monkeypatch.context() as patch:
         patch.setattr("trt_kd.quantization.calibration.calibrate", None)
-        made = quantize(config, source=teacher, out=out)
+        made = quantize(config, source=source, out=out)
     assert made.key == whole.key
     weights = [name for name in whole.manifest.files if name.endswith(".safetensors")]
     assert QUANTIZERS in weights
     assert len(weights) == 2
     for name in weights:
         assert made.manifest.files[name] == whole.manifest.files[name]
-    assert made.metrics["training"]["steps"] == 30
+    assert made.metrics["training"]["steps"] == 20
 
 
 def _cut_off(self, args, state, control, logs=None, **_):
-    if state.global_step == 25:
+    if state.global_step == 18:
         raise KeyboardInterrupt
 
 
-def test_labels_alone_train_without_a_teacher(teacher, settings, tmp_path):
-    plain = {"task_weight": 1.0, "response_weight": 0.0, "steps": 4}
-    monitor = {"every_steps": 2, "blocks": 1, "skip_blocks": 4}
+def test_labels_alone_train_without_a_teacher(source, settings, tmp_path):
+    plain = {"task_weight": 1.0, "response_weight": 0.0, "steps": 2}
+    monitor = {"every_steps": 1, "blocks": 1, "skip_blocks": 4}
     made = quantize(
-        config_of(settings, "fp8", **plain, monitor=monitor), source=teacher, out=tmp_path / "q"
+        config_of(settings, "fp8", **plain, monitor=monitor), source=source, out=tmp_path / "q"
     )
     training = made.metrics["training"]
     assert "task_nats_per_token" in training
@@ -204,11 +210,11 @@ def test_labels_alone_train_without_a_teacher(teacher, settings, tmp_path):
     assert {"history.jsonl", "monitors.jsonl"} <= made.manifest.files.keys()
 
 
-def test_a_cache_that_is_calibrated_trains_along(teacher, settings, tmp_path):
+def test_a_cache_that_is_calibrated_trains_along(source, settings, tmp_path):
     form = {"kind": "fp8", "kv_cache": "fp8"}
-    made = quantize(config_of(settings, form, steps=2), source=teacher, out=tmp_path / "q")
+    made = quantize(config_of(settings, form, steps=2), source=source, out=tmp_path / "q")
     enabled = [name for name, q in quantizers(load_quantized(made.path)) if q.is_enabled]
-    assert sum(name.endswith("_bmm_quantizer") for name in enabled) == 2 * 4
+    assert sum(name.endswith("_bmm_quantizer") for name in enabled) == 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -233,10 +239,10 @@ def test_settings_without_effect_are_refused(settings, form, train, reason):
         config_of(settings, form, **train)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_calibration(teacher, settings, tmp_path):
+def test_a_loss_that_is_not_finite_keeps_the_calibration(source, settings, tmp_path):
     config = config_of(settings, "fp8", learning_rate=1e30, checkpoint_every_steps=1)
     with pytest.raises(TrtKdError, match="diverged at step"):
-        quantize(config, source=teacher, out=tmp_path / "q")
+        quantize(config, source=source, out=tmp_path / "q")
     assert not (tmp_path / "q").exists()
     assert (work_directory(tmp_path / "q") / "calibrated" / QUANTIZERS).is_file()
 
@@ -249,8 +255,8 @@ def test_training_reads_the_text_of_the_quantization_unless_told_otherwise(setti
     assert config_of(settings, seed=3).train.seed == 3
 
 
-def test_experts_are_refused_from_the_sizes_alone(settings, teacher):
-    shape = replace(read_shape(teacher.path), experts=4)
+def test_experts_are_refused_from_the_sizes_alone(settings, source):
+    shape = replace(read_shape(source.path), experts=4)
     assert any("experts are not trained" in problem for problem in config_of(settings).check(shape))
 
 

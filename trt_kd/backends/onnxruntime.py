@@ -4,6 +4,8 @@ Shape suffixes: B sequences, L positions, T positions so far, V vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,8 @@ from trt_kd.measuring.roofline import DecodeWork
 from trt_kd.optional import require
 
 GRAPH = "model.onnx"
+_BYTES = {"INT8": 1.0, "INT4": 0.5, "FLOAT8E4M3FN": 4.0}
+"""Bytes of a weight that a step reads, by the type it is stored in; FP8 is widened on loading."""
 _PROVIDERS = ["CPUExecutionProvider"]
 _REFUSALS = (
     "EPFail",
@@ -43,11 +47,15 @@ class OnnxRuntime(Backend):
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         state = runtime.capi.onnxruntime_pybind11_state
+        unreadable = require("google.protobuf.message", extra="onnx").DecodeError
+        refusals = (unreadable, *(getattr(state, name) for name in _REFUSALS))
         try:
+            for key, value in _entries(directory / GRAPH).items():
+                options.add_session_config_entry(key, value)
             loaded = runtime.InferenceSession(
                 str(directory / GRAPH), sess_options=options, providers=_PROVIDERS
             )
-        except tuple(getattr(state, name) for name in _REFUSALS) as error:
+        except refusals as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(
                 f"{directory} cannot be loaded by ONNX Runtime: {reason}",
@@ -56,8 +64,34 @@ class OnnxRuntime(Backend):
         return OnnxRuntimeSession(loaded, config.get("max_position_embeddings"))
 
     def decode_work(self, directory: Path) -> DecodeWork:
-        """See the base class; on a CPU the runtime widens float16 weights to float32."""
-        return work_of(read_shape(directory), weight_bytes=4, kv_bytes=4)
+        """See the base class; on a CPU the runtime widens 16-bit and FP8 weights to float32."""
+        work = work_of(read_shape(directory), weight_bytes=4, kv_bytes=4)
+        stored = _low_bit_weights(directory / GRAPH)
+        saved = sum(int(count * (4 - _BYTES[kind])) for kind, count in stored.items())
+        return replace(work, weight_bytes=work.weight_bytes - saved)
+
+
+def _entries(graph: Path) -> dict[str, str]:
+    """Session settings under which products are computed as the graph says.
+
+    By default a product with INT4 weights rounds its input to INT8, and one of FP8 numbers becomes
+    an operator that then refuses them.
+    """
+    found = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    if graph.is_file() and "FLOAT8E4M3FN" in _low_bit_weights(graph):
+        found["session.disable_quant_qdq"] = "1"
+    return found
+
+
+def _low_bit_weights(path: Path) -> dict[str, int]:
+    """Count of the weights in every low-bit type of a graph; external data is not read."""
+    onnx = require("onnx", extra="onnx")
+    counts: dict[str, int] = {}
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        if kind in _BYTES and len(tensor.dims) > 1:
+            counts[kind] = counts.get(kind, 0) + prod(tensor.dims)
+    return counts
 
 
 class OnnxRuntimeSession(Session):

@@ -14,16 +14,21 @@ import numpy as np
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.checkpoints import portable_config, read_json
 from trt_kd.exporters.hf_unified_files import open_tensors
+from trt_kd.exporters.onnx_qdq import quantized_names
 from trt_kd.exporters.onnx_step import interface
-from trt_kd.exporters.onnx_writer import DATA, GRAPH, OPSET
+from trt_kd.exporters.onnx_writer import DATA, GRAPH, OPSET, OPSET_OF_INT4
 from trt_kd.optional import require
+from trt_kd.quantization.storage import QUANTIZERS
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Names of the table that a tied model reads twice; the capture keeps one of them."""
 
 
-def problems(source: Path, out: Path, precision: str) -> list[str]:
-    """Disagreements of the files in ``out`` with the checkpoint ``source``."""
+def problems(source: Path, out: Path, precision: str, low_bit: str | None = None) -> list[str]:
+    """Disagreements of the files in ``out`` with the checkpoint ``source``.
+
+    ``low_bit`` is ONNX's name of the type of quantized projections, None without any.
+    """
     if missing := [name for name in (GRAPH, DATA, "config.json") if not (out / name).is_file()]:
         return [f"{missing[0]} is missing"]
     onnx: Any = require("onnx", extra="onnx")
@@ -45,10 +50,14 @@ def problems(source: Path, out: Path, precision: str) -> list[str]:
         return [*found, f"{GRAPH}: the ONNX checker refuses it: {reason}"]
     dtype = {"fp32": "float32", "fp16": "float16"}[precision]
     shape = read_shape(source)
-    found += _operator_problems(model)
+    found += _operator_problems(model, OPSET_OF_INT4 if low_bit == "INT4" else OPSET)
     found += _interface_problems(model.graph, shape, dtype)
-    with open_tensors(source) as tensors:
+    with open_tensors(source, leave_out=QUANTIZERS) as tensors:
         sizes = {name: tensors.header(name)[1] for name in tensors}
+    if low_bit:
+        with open_tensors(source, only=QUANTIZERS) as kept:
+            for name in quantized_names(kept):
+                del sizes[f"{name}.weight"]  # compared code by code
     found += _weight_problems(model.graph, sizes, dtype, tied=shape.tied)
     return [*found, *_constant_problems(model.graph, shape, config)]
 
@@ -72,10 +81,10 @@ def _place_problems(graph: Any, size: int) -> Iterator[str]:
             yield f"{GRAPH}: {tensor.name} ends at byte {end:,} of {DATA}, which has {size:,}"
 
 
-def _operator_problems(model: Any) -> Iterator[str]:
+def _operator_problems(model: Any, opset: int) -> Iterator[str]:
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if opsets != {"": OPSET}:
-        yield f"{GRAPH}: operator sets {opsets}, not the standard one in version {OPSET}"
+    if opsets != {"": opset}:
+        yield f"{GRAPH}: operator sets {opsets}, not the standard one in version {opset}"
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
     if foreign or model.functions:
         yield f"{GRAPH}: operators that are not standard: {sorted(foreign) or 'functions'}"

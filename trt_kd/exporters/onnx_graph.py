@@ -26,6 +26,13 @@ def weights_by_bits(path: Path) -> dict[int, int]:
     return dict(counts)
 
 
+def opset(path: Path) -> int:
+    """Version of the standard operators that the graph is written in."""
+    onnx = require("onnx", extra="onnx")
+    model = onnx.load(str(path), load_external_data=False)
+    return next(int(entry.version) for entry in model.opset_import if not entry.domain)
+
+
 def norm_epsilons(path: Path) -> set[float]:
     """Every epsilon of the graph's RMS norms."""
     nodes = (node for node in _graph(path).node if node.op_type in _NORMS)
@@ -63,7 +70,8 @@ def _matrices(graph: Any) -> dict[str, tuple[int, int]]:
             continue
         tensor = stored[name]
         item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        bits, count = 8 * item, prod(tensor.dims)
+        halves = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+        bits, count = 4 if halves else 8 * item, prod(tensor.dims)
         attributes = {a.name: a.i for a in node.attribute}
         if node.op_type in _BLOCK_QUANTIZED:
             packed = bits // attributes["bits"]

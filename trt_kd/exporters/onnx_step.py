@@ -7,6 +7,7 @@ and sliding windows are part of the graph and every cache keeps its whole length
 Shape suffixes: B sequences, L new positions, P cached positions, T = P + L, V vocabulary.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_kd.architectures.shape import ModelShape
+from trt_kd.exporters.onnx_qdq import LowBit, opset_of
 from trt_kd.exporters.onnx_translation import translate
 from trt_kd.exporters.onnx_writer import Graph, Value
 
@@ -116,15 +118,22 @@ def interface(shape: ModelShape, dtype: str) -> tuple[dict[str, Value], dict[str
     return inputs, outputs
 
 
-def write_step(model: "PreTrainedModel", shape: ModelShape, out: Path) -> int:
+def write_step(
+    model: "PreTrainedModel",
+    shape: ModelShape,
+    out: Path,
+    low_bit: "Mapping[str, LowBit] | None" = None,
+) -> int:
     """Write one step of ``model`` into the directory ``out``; return the graph's nodes.
+
+    ``low_bit`` are the projections that are quantized, by the names of their weights.
 
     Raises:
         ModelError: if the model uses an operator that is not known here.
     """
     inputs, outputs = interface(shape, str(model.dtype).removeprefix("torch."))
-    with Graph(out) as graph:
-        values = translate(capture(model, shape), graph, list(inputs))
+    with Graph(out, opset_of(low_bit or {})) as graph:
+        values = translate(capture(model, shape), graph, list(inputs), low_bit)
         for value, name in zip(values, outputs, strict=True):
             graph.rename(value, name)
         return graph.write(inputs, outputs)

@@ -4,7 +4,7 @@ PyTorch's own translation first breaks the capture into finer operators and take
 as long. A decoder uses few operators; one that is not known here is an error that names it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from trt_kd.errors import ModelError
+from trt_kd.exporters.onnx_qdq import LowBit
 from trt_kd.exporters.onnx_writer import Graph
 
 if TYPE_CHECKING:
@@ -24,15 +25,21 @@ _COMPARE = {"le": "LessOrEqual", "lt": "Less", "ge": "GreaterOrEqual", "gt": "Gr
 _LOGIC = {"__and__": "And", "logical_and": "And", "bitwise_and": "And"}
 
 
-def translate(program: "ExportedProgram", graph: Graph, inputs: Sequence[str]) -> list[str]:
+def translate(
+    program: "ExportedProgram",
+    graph: Graph,
+    inputs: Sequence[str],
+    low_bit: "Mapping[str, LowBit] | None" = None,
+) -> list[str]:
     """Add all of ``program`` to ``graph`` and return the names of its outputs, in order.
 
-    ``inputs`` are the public names of the user's inputs.
+    ``inputs`` are the public names of the user's inputs, ``low_bit`` the projections that are
+    quantized, by the names of their weights.
 
     Raises:
         ModelError: if an operator is not known here.
     """
-    translation = Translation(program, graph, inputs)
+    translation = Translation(program, graph, inputs, low_bit or {})
     for node in program.graph.nodes:
         translation.add(node)
     return translation.outputs
@@ -44,7 +51,13 @@ class Translation:
     A symbolic size is an int64 tensor of one element; a size that is known is a Python number.
     """
 
-    def __init__(self, program: "ExportedProgram", graph: Graph, inputs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        program: "ExportedProgram",
+        graph: Graph,
+        inputs: Sequence[str],
+        low_bit: "Mapping[str, LowBit]",
+    ) -> None:
         signature = program.graph_signature
         stored: dict[str, Any] = {**program.state_dict, **program.constants}
         self._graph = graph
@@ -58,6 +71,9 @@ class Translation:
         )
         self._values: dict[fx.Node, Any] = {}
         self._looked_up = _looked_up(program)
+        self._low_bit = low_bit
+        self._rounding: dict[fx.Node, LowBit] = {}
+        self._rounded: dict[tuple[Any, ...], str] = {}
         self.outputs: list[str] = []
 
     def add(self, node: fx.Node) -> None:
@@ -84,6 +100,9 @@ class Translation:
             return name
         path, tensor = self._tensors[node.name]
         path = path.removeprefix("model.")  # the step's own attribute: names as in the checkpoint
+        if found := self._low_bit.get(path):
+            self._rounding[node] = found
+            return found.add_weight(self._graph)
         if all(_operator(user) == "linear" and _args(user)[1] is node for user in node.users):
             return self._graph.weight(f"{path}.transposed", tensor.T)
         return self._graph.weight(path, tensor)
@@ -194,7 +213,14 @@ class Translation:
         name = self.value(weight)
         if weight in self._looked_up:
             name = self.op("Transpose", name, perm=[1, 0])
-        product = self.op("MatMul", self.value(x), name)
+        read = self.value(x)
+        if weight in self._rounding:  # projections of one input may share its codes
+            rounding = self._rounding[weight]
+            key = (read, *rounding.input_key())
+            if key not in self._rounded:
+                self._rounded[key] = rounding.add_input(self._graph, read)
+            read = self._rounded[key]
+        product = self.op("MatMul", read, name)
         given = [b for b in bias if b is not None]
         return self.op("Add", product, self.value(given[0])) if given else product
 

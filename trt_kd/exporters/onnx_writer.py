@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OPSET = 20
 """The first with Gelu as an operator; ONNX Runtime reads it since 1.17, TensorRT since 10."""
+OPSET_OF_INT4 = 21
+"""The first with INT4, and with a scale for every block of a matrix."""
 IR_VERSION = 10
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 Value = tuple[str, tuple[int | str, ...]]
@@ -31,9 +33,10 @@ _ALIGNMENT = 4096  # a page, so that a runtime can map the weights
 class Graph:
     """A graph under construction in ``directory``. A context manager: leaving it closes files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, opset: int = OPSET) -> None:
         self._onnx: Any = require("onnx", extra="onnx")
         self._directory = directory
+        self._opset = opset
         self._data = (directory / DATA).open("wb")
         self._nodes: list[Any] = []
         self._weights: dict[str, Any] = {}
@@ -84,15 +87,28 @@ class Graph:
         """Store a tensor of the model under ``name``, once."""
         if name in self._weights:
             return name
-        array = np.ascontiguousarray(tensor.detach().cpu().numpy())
-        proto = self._onnx.TensorProto(name=name, dims=array.shape)
-        proto.data_type = self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        array = np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(tensor.shape)
+        kind = self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        self._keep(name, array, self._onnx.TensorProto(dims=array.shape, data_type=kind))
+        return name
+
+    def codes(self, name: str, stored: "Tensor", kind: str, dims: Sequence[int]) -> str:
+        """Store the bytes of ``stored`` as a tensor of the low-bit ``kind``, such as ``INT4``."""
+        array = np.ascontiguousarray(stored.cpu().numpy())
+        self._keep(name, array, self._onnx.TensorProto(dims=dims, data_type=self.type_of(kind)))
+        return name
+
+    def type_of(self, kind: str) -> int:
+        """ONNX's number for a type by its own name."""
+        return int(self._onnx.TensorProto.DataType.Value(kind))
+
+    def _keep(self, name: str, array: np.ndarray, proto: Any) -> None:
+        proto.name = name
         if array.nbytes < _INLINE_BYTES:
             proto.raw_data = array.tobytes()
         else:
             self._store(proto, array)
         self._weights[name] = proto
-        return name
 
     def _store(self, proto: Any, array: np.ndarray) -> None:
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
@@ -110,7 +126,7 @@ class Graph:
         weights = [tensor for name, tensor in self._weights.items() if name in read]
         described = [[self._described(n, v) for n, v in side.items()] for side in (inputs, outputs)]
         graph = helper.make_graph(nodes, "decoder", *described, initializer=weights)
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self._opset)]
         model = helper.make_model(
             graph, producer_name="trt-kd", opset_imports=opsets, ir_version=IR_VERSION
         )
