@@ -33,7 +33,7 @@ def _named(form):
 @pytest.fixture(scope="module")
 def source(make_student):
     """The checkpoint that everything here starts from; never write into it."""
-    return make_student(noise=0.0, num_hidden_layers=2, intermediate_size=64)
+    return make_student(noise=0.0, num_hidden_layers=4, intermediate_size=64)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def settings(text_file):
 
 def _settings(text_file):
     data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
-    train = {"steps": 20, "batch_size": 4, "learning_rate": 1e-4, "precision": "fp32"}
+    train = {"steps": 30, "batch_size": 4, "learning_rate": 1e-4, "precision": "fp32"}
     return {
         "format": AWQ,
         "data": data,
@@ -96,8 +96,8 @@ def test_distillation_brings_the_model_nearer_to_what_it_was(trained, form):
     """The law: after training, held-out KL to the unquantized model is below that of PTQ."""
     made = trained(form)
     before = made.metrics["kl_to_source_before_training_nats"]
-    assert 0 < made.metrics["kl_to_source_nats"] < 0.99 * before
-    assert made.metrics["training"]["steps"] == 20
+    assert 0 < made.metrics["kl_to_source_nats"] < 0.95 * before
+    assert made.metrics["training"]["steps"] == 30
     assert not work_directory(made.path).exists()
 
 
@@ -190,7 +190,7 @@ def test_a_run_that_was_cut_off_ends_as_an_unbroken_one(
     assert len(weights) == 2
     for name in weights:
         assert made.manifest.files[name] == whole.manifest.files[name]
-    assert made.metrics["training"]["steps"] == 20
+    assert made.metrics["training"]["steps"] == 30
 
 
 def _cut_off(self, args, state, control, logs=None, **_):
@@ -214,7 +214,7 @@ def test_a_cache_that_is_calibrated_trains_along(source, settings, tmp_path):
     form = {"kind": "fp8", "kv_cache": "fp8"}
     made = quantize(config_of(settings, form, steps=2), source=source, out=tmp_path / "q")
     enabled = [name for name, q in quantizers(load_quantized(made.path)) if q.is_enabled]
-    assert sum(name.endswith("_bmm_quantizer") for name in enabled) == 2 * 2
+    assert sum(name.endswith("_bmm_quantizer") for name in enabled) == 2 * 4
 
 
 @pytest.mark.parametrize(
