@@ -117,7 +117,7 @@ def test_training_from_a_server_needs_no_checkpoint_and_names_no_host(
     assert made.metrics["response_nats_per_token"] > 0
     manifest = (made.path / "trt_kd.json").read_text(encoding="utf-8")
     assert "tiny" in manifest
-    for secret in ("sesame", "127.0.0.1", str(server.server_port)):
+    for secret in ("sesame", "127.0.0.1", f":{server.server_port}"):
         assert secret not in manifest
     assert {seen["Authorization"] for seen in server.headers_seen} == {"Bearer sesame-4711"}
     assert "sesame" not in repr(config.teacher.endpoint())
