@@ -1,7 +1,7 @@
 """What the harness adds to a decoding step, and how often its intervals hold the truth.
 
     python benchmarks/harness_overhead.py --ort-genai EXPORT --transformers CHECKPOINT
-        [--runs 12] [--comparisons 40] [--pairs 6] [--input-tokens 32] [--output-tokens 32]
+        [--runs 60] [--comparisons 40] [--pairs 6] [--input-tokens 32] [--output-tokens 32]
 
 First question: the ITL of ``measure_steps`` on a backend's session beside a loop written by hand
 around the same loaded model, run in turns; the ratio of medians of runs with its t interval.
@@ -29,7 +29,7 @@ from trt_kd.backends.interleaved import interleave
 from trt_kd.backends.worker import Worker
 from trt_kd.errors import TrtKdError
 from trt_kd.measuring.clock import Workload, measure_steps
-from trt_kd.measuring.machine import affinity, load_average
+from trt_kd.measuring.machine import affinity, huge_pages, load_average
 from trt_kd.measuring.metrics import of_steps
 from trt_kd.measuring.rounds import Rounds
 from trt_kd.measuring.statistics import median, ratio_interval
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="overhead and honesty of the harness")
     for name in BARE:
         parser.add_argument(f"--{name}", type=Path, help=f"directory that {name} loads")
-    parser.add_argument("--runs", type=int, default=12, help="pairs of runs per backend")
+    parser.add_argument("--runs", type=int, default=60, help="pairs of runs per backend")
     parser.add_argument("--comparisons", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=6, help="pairs of runs per comparison")
     parser.add_argument("--input-tokens", type=int, default=32)
@@ -78,6 +78,7 @@ def measure(given: argparse.Namespace, directories: dict[str, Path]) -> dict[str
     return {
         "hardware": environment(),
         "affinity": affinity(),
+        "huge_pages": huge_pages(),
         "load_average": load_average(),
         "workload": workload.model_dump(),
         "itl_ratio": {name: each["ratio"] for name, each in found.items()},

@@ -3,7 +3,30 @@
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def with_huge_pages(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment for a process whose heap asks the kernel for huge pages.
+
+    Which small pages a process happens to get decides its decoding speed by several percent and for
+    as long as it lives; see docs/benchmarking.md. glibc 2.35 and newer know the tunable, others
+    ignore it; what ``variables`` say of it comes later and wins.
+    """
+    name = "GLIBC_TUNABLES"
+    tunables = ["glibc.malloc.hugetlb=1", *filter(None, [variables.get(name)])]
+    return {**variables, name: ":".join(tunables)}
+
+
+def huge_pages() -> str | None:
+    """When the kernel gives huge pages: ``always``, ``madvise`` (on request) or ``never``."""
+    if not _HUGE_PAGES.is_file():
+        return None
+    text = _HUGE_PAGES.read_text(encoding="utf-8")
+    return text.partition("[")[2].partition("]")[0] or None
 
 
 def available_cores() -> int:

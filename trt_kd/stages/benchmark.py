@@ -40,7 +40,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_di
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
 from trt_kd.measuring.gpu import GpuWatch, mark_unequal_throttling
-from trt_kd.measuring.machine import affinity, load_average
+from trt_kd.measuring.machine import affinity, huge_pages, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks, prefill_floor
 from trt_kd.measuring.rounds import Rounds
@@ -186,7 +186,11 @@ def measured(
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
     measure = _decoded if config.load_generator is None else _loaded
     with writing(out, kind="benchmark", config=config, inputs=variants) as draft:
-        conditions = {"affinity": affinity(), "load_average_before": load_average()}
+        conditions = {
+            "affinity": affinity(),
+            "huge_pages": huge_pages(),
+            "load_average_before": load_average(),
+        }
         found = measure(config, variants, out)
         result = {
             "schema_version": SCHEMA_VERSION,
