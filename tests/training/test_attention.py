@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trt_kd.training.attention import blockwise_attention
+from trt_kd.training.attention import attending_by, blockwise_attention
 
 WIDTH = 16
 
@@ -140,3 +140,26 @@ def test_it_ends_with_its_block():
     with pytest.raises(RuntimeError), blockwise_attention():
         attend(wrong)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+
+
+def answering(number):
+    return lambda _plain: lambda *_, **__: (number, None)
+
+
+def test_an_override_around_it_is_there_again_after_it_and_one_inside_goes():
+    plain, given = ALL_ATTENTION_FUNCTIONS["sdpa"], states(8)
+    with attending_by("sdpa", answering(1)):
+        with blockwise_attention(), attending_by("sdpa", answering(2)):
+            assert attend(given) == 2
+        assert attend(given) == 1
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_overrides_of_another_name_stay_as_they_are():
+    with attending_by("sdpa", answering(1)):
+        with attending_by("flash_attention_2", answering(2)):
+            assert ALL_ATTENTION_FUNCTIONS["flash_attention_2"]() == (2, None)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"]() == (1, None)
+    with pytest.raises(KeyError), attending_by("none such", answering(1)):
+        pass

@@ -12,7 +12,7 @@ share keys times queries), K keys up to the block's end.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,37 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
-def blockwise_attention() -> Iterator[None]:
+def attending_by(name: str, wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Put ``wrap`` of what computes the attention ``name`` of transformers in its place.
+
+    Meanwhile this is so in the whole process; after it, what was in the place before is again.
+
+    Raises:
+        KeyError: if there is no attention of this name.
+    """
+    plain: Attention = ALL_ATTENTION_FUNCTIONS[name]
+    own: dict[str, Attention] = ALL_ATTENTION_FUNCTIONS._local_mapping
+    replaced = name in own
+    own[name] = wrap(plain)
+    try:
+        yield
+    finally:
+        if replaced:
+            own[name] = plain
+        else:
+            del own[name]
+
+
+def blockwise_attention() -> AbstractContextManager[None]:
     """Let models that attend through torch's ``scaled_dot_product_attention`` do it by blocks.
 
     Meanwhile this is so in the whole process, for what is plainly causal, in two bytes per number
     and on a CPU; all else goes the usual way.
     """
-    plain: Attention = ALL_ATTENTION_FUNCTIONS[NAME]
+    return attending_by(NAME, _by_blocks)
 
+
+def _by_blocks(plain: Attention) -> Attention:
     def attention(
         module: Any,
         query_BHLD: Tensor,
@@ -57,11 +80,7 @@ def blockwise_attention() -> Iterator[None]:
             return apply(CausalAttention, *(one.to(dtype) for one in states), scale), None
         return plain(module, *states, attention_mask, **options)
 
-    ALL_ATTENTION_FUNCTIONS[NAME] = attention
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS.pop(NAME)
+    return attention
 
 
 def _is_plain(module: Any, options: dict[str, Any]) -> bool:
@@ -92,6 +111,8 @@ class _Block:
     start: int
     end: int
     """Where they, and the keys that they may see, end."""
+    later: Tensor
+    """``[size, size]`` bool: which of the block's own keys a query must not see."""
 
     def take(self, states_BLGRD: Tensor) -> Tensor:
         """Rows ``[N, Q, D]`` of all queries, heads that share keys one after the other."""
@@ -108,10 +129,8 @@ class _Block:
     def probabilities(self, query_NQD: Tensor, key_NKD: Tensor, scale: float) -> Tensor:
         """Softmax over the keys up to every query's own, ``[N, Q, K]``."""
         scores_NQK = torch.bmm(query_NQD * scale, key_NKD.mT)
-        size = self.end - self.start
-        own = scores_NQK.view(len(scores_NQK), -1, size, self.end)[..., self.start :]
-        later = torch.ones(size, size, dtype=torch.bool).triu_(1)
-        own.masked_fill_(later, -torch.inf)
+        own = scores_NQK.view(len(scores_NQK), -1, len(self.later), self.end)[..., self.start :]
+        own.masked_fill_(self.later, -torch.inf)
         return scores_NQK.softmax(-1)
 
 
@@ -166,7 +185,9 @@ class CausalAttention(torch.autograd.Function):
 
 def _blocks(length: int) -> list[_Block]:
     size = max(SMALLEST_BLOCK, -(-length // BLOCKS))
-    return [_Block(start, min(start + size, length)) for start in range(0, length, size)]
+    later = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    ends = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [_Block(start, end, later[: end - start, : end - start]) for start, end in ends]
 
 
 def _grouped(states_BLHD: Tensor, groups: int) -> Tensor:

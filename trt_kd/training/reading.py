@@ -3,8 +3,9 @@
 Shape suffixes: B sequences, L positions, D width, H heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trt_kd.architectures import architecture_of
+from trt_kd.architectures.hooks import hooks
 from trt_kd.errors import ModelError
 from trt_kd.losses.features.base import Reading
+from trt_kd.training.attention import Attention, attending_by
 
 Seen = dict[tuple[int, Reading], Tensor]
 """``[B, L, D]`` by layer and what is read of it."""
@@ -32,10 +35,9 @@ def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> It
     """
     seen: Seen = {}
     layers = architecture_of(model.config.model_type).layers(model)
-    with ExitStack() as stack:
+    with hooks() as hook, ExitStack() as stack:
         for layer in {layer for layer, what in wanted if what == "states"}:
-            hook = layers[layer].register_forward_hook(_keep_states(seen, layer))
-            stack.callback(hook.remove)
+            hook(layers[layer], "output", partial(seen.__setitem__, (layer, "states")))
         watched = {
             id(module): layer
             for layer in {layer for layer, what in wanted if what != "states"}
@@ -43,31 +45,25 @@ def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> It
         }
         if watched:
             together = {layer for layer, what in wanted if what == "attention"}
-            stack.enter_context(_attention(model, watched, together, seen))
+            wrap = partial(_kept, watched, together, seen)
+            stack.enter_context(attending_by(_attention_of(model), wrap))
         yield seen
 
 
-def _keep_states(seen: Seen, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen[layer, "states"] = output[0] if isinstance(output, tuple) else output
-
-    return keep
-
-
-@contextmanager
-def _attention(
-    model: PreTrainedModel, watched: dict[int, int], together: set[int], seen: Seen
-) -> Iterator[None]:
-    """Put a function that keeps its arguments before the one that computes attention."""
-    table: Any = ALL_ATTENTION_FUNCTIONS
-    name = model.config._attn_implementation
-    if name not in table:
+def _attention_of(model: PreTrainedModel) -> str:
+    """Name of the function that computes its attention."""
+    name: str = model.config._attn_implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
         raise ModelError(
             f"the attention of {model.config.model_type} runs as {name!r}, whose queries and keys "
             "cannot be read",
             hint="take a feature loss on states instead",
         )
-    plain = table[name]
+    return name
+
+
+def _kept(watched: dict[int, int], together: set[int], seen: Seen, plain: Attention) -> Attention:
+    """Attention that keeps its arguments and leaves the rest to ``plain``."""
 
     def keep(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
@@ -81,13 +77,7 @@ def _attention(
                 seen[layer, "attention"] = _together(scale * query, key, value)
         return plain(module, query, key, value, *rest, **more)
 
-    own = dict(table._local_mapping)
-    table[name] = keep
-    try:
-        yield
-    finally:
-        table._local_mapping.clear()
-        table._local_mapping.update(own)
+    return keep
 
 
 def _together(queries_BHLD: Tensor, keys_BHLD: Tensor, values_BHLD: Tensor) -> Tensor:
