@@ -275,9 +275,12 @@ def test_the_largest_size_that_is_fast_enough_is_kept(data, teacher, exact, runt
     assert record["corners"][0]["name"] == "unpruned"
 
 
-def test_experts_are_cut_to_what_is_fast_enough(data, settings, mixture, runtime, tmp_path):
-    axis = {"kind": "expert_ffn", "multiple_of": 8}
-    change = {"axes": ["experts", axis]}
+EXPERT_FFN = {"kind": "expert_ffn", "multiple_of": 8}
+
+
+@pytest.mark.parametrize("axis", [EXPERT_FFN, "experts"])
+def test_experts_are_cut_to_what_is_fast_enough(data, settings, mixture, runtime, tmp_path, axis):
+    change = {"axes": ["experts", EXPERT_FFN]}
     table = LatencyConfig.model_validate(settings | change | {"lanes": {"plain": "hf-unified"}})
     exact = written(tmp_path / "exact", table, mixture)
     limit = {"latency": {"batch": 2, "ttft_ms": "95%"}}
