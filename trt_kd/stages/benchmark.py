@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -57,7 +58,24 @@ Records = dict[str, list[dict[str, Any]]]
 """One record per workload, by variant."""
 
 
-Lengths = PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+def several(lengths: int | tuple[int, ...]) -> tuple[int, ...]:
+    """All of ``lengths``, one or more."""
+    return (lengths,) if isinstance(lengths, int) else lengths
+
+
+def _stand_once(sizes: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    if len(set(several(sizes))) < len(several(sizes)):
+        raise ValueError(f"one of {', '.join(map(str, several(sizes)))} stands twice")
+    return sizes
+
+
+BatchSizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_stand_once)]
+"""One or more, each once."""
+Sweep = Annotated[
+    PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)],
+    AfterValidator(_stand_once),
+]
+"""One length, or several, each once."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -67,11 +85,11 @@ class BenchmarkConfig(StageConfig):
 
     data: DataConfig = DataConfig()
     """Text whose held-out split the prompts are cut from; its ``block_tokens`` has no say here."""
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4, 8)
+    batch_sizes: BatchSizes = (1, 4, 8)
     """Sequences decoded together; measured from the first to the last."""
-    input_tokens: Lengths = 128
+    input_tokens: Sweep = 128
     """Prompt tokens of every sequence (ISL); a list is a sweep."""
-    output_tokens: Lengths = 32
+    output_tokens: Sweep = 32
     """Tokens decoded for every sequence (OSL), end-of-text ignored; a list is a sweep."""
     warmup: NonNegativeInt = 6
     """Most rounds before a batch size counts; fewer once the last three agree, variant by variant.
@@ -107,13 +125,6 @@ class BenchmarkConfig(StageConfig):
             warmup=self.warmup,
         )
 
-    @field_validator("batch_sizes", "input_tokens", "output_tokens")
-    @classmethod
-    def _stand_once(cls, sizes: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if len(set(several(sizes))) < len(several(sizes)):
-            raise ValueError(f"one of {', '.join(map(str, several(sizes)))} stands twice")
-        return sizes
-
     @field_validator("load_generator", mode="before")
     @classmethod
     def _is_registered(cls, value: object) -> object:
@@ -142,11 +153,6 @@ class BenchmarkConfig(StageConfig):
         if self.load_generator is None:
             few["warmup"] = 0
         return self.model_copy(update={"batch_sizes": self.batch_sizes[:1], **few})
-
-
-def several(lengths: int | tuple[int, ...]) -> tuple[int, ...]:
-    """All of ``lengths``, one or more."""
-    return (lengths,) if isinstance(lengths, int) else lengths
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def chosen_lane(found: Sequence[Corner]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """What candidates are timed with: the table's own settings, at the limit's batch size."""
+    """What candidates are timed with: the table's own settings, at the limit's workload."""
 
     budget: Budget
     """Held against by ``watch``."""
@@ -180,7 +180,7 @@ class Bench:
         return {
             "lane": watch.lane,
             "corners": [asdict(corner) for corner in self.corners],
-            "limit": self.limit.model_dump(mode="json"),
+            "limit": self.limit.model_dump(mode="json") | watch.lengths._asdict(),
             "limits": watch.limits(),
             "before": watch.before(),
             "prediction_errors": watch.errors(),
@@ -224,7 +224,7 @@ class Bench:
     def _benchmark(self, number: int) -> BenchmarkConfig:
         made = self.settings.benchmark(1000 + number)
         update = {"batch_sizes": (self.limit.batch,), "repeats": 2 * made.repeats}
-        return made.model_copy(update=update)
+        return made.model_copy(update=update | self.watch.lengths._asdict())
 
     def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
         """What a candidate took, held against the unpruned model of the same run."""
@@ -256,7 +256,7 @@ class Bench:
         ms: dict[Any, float] = {"ttft_ms": cell.ttft_ms[percentile]}
         if cell.itl_ms is not None:
             ms["itl_ms"] = cell.itl_ms[percentile]
-        return costs(self.limit, ms, self.settings.output_tokens)
+        return costs(self.limit, ms, self.watch.lengths.output_tokens)
 
     def _nothing(self) -> ModelError:
         told = "; ".join(f"{row['name']} is {row['verdict']}" for row in self.tried) or "none fits"

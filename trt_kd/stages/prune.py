@@ -214,6 +214,7 @@ def _rehearsed(budget: Budget | None) -> Budget:
     if limit is None:
         return Budget(params=_REHEARSAL_SHARE)
     easy = {"itl_ms": "1000%", "ttft_ms": None, "tokens_per_s": None, "min_speedup": 0.01}
+    easy |= {"input_tokens": None, "output_tokens": None}
     return Budget(params=_REHEARSAL_SHARE, latency=limit.model_copy(update=easy))
 
 

@@ -66,7 +66,7 @@ class Stand:
     ) -> dict[str, list[Cell]]:
         """Time twins of ``shapes``; they are made in the folder ``work`` and removed again.
 
-        Returns, by name and as ``source`` for the unpruned model, the cells of every batch size.
+        Returns, by name and as ``source`` for the unpruned model, the cells of every workload.
 
         Raises:
             ModelError: if a batch size needs more memory than there is.
@@ -99,9 +99,4 @@ def _cell(name: str, record: Mapping[str, Any]) -> Cell:
             f"{name} cannot be timed at batch size {record['batch_size']}: {record['error']}",
             hint="leave that batch size out",
         )
-    return Cell(
-        batch_size=record["batch_size"],
-        ttft_ms=record["ttft_ms"],
-        itl_ms=record["itl_ms"],
-        spread=record["spread"],
-    )
+    return Cell.model_validate({field: record[field] for field in Cell.model_fields})
