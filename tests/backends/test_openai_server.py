@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,25 @@ def test_a_report_is_read_and_keeps_no_address():
     kept = json.dumps(found.report)
     assert "sesame" not in kept
     assert "somewhere" not in kept
+
+
+def test_a_report_says_when_its_requests_ran():
+    report = json.loads(SAMPLE.read_text())
+    assert read_report(report, requests=8, output_tokens=8).span_s is None
+    report |= {"start_time": "2026-11-22T15:19:00.942459", "end_time": "2026-11-22T15:19:03.357090"}
+    start_s, end_s = read_report(report, requests=8, output_tokens=8).span_s
+    assert end_s - start_s == pytest.approx(2.414631)
+    assert start_s == pytest.approx(
+        time.mktime((2026, 11, 22, 15, 19, 0, 0, 0, -1)) + 0.942459, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False), ("no.such.invalid", False)],
+)
+def test_a_server_is_here_if_its_address_is_this_machines(host, here):
+    assert made(f"http://{host}:8000/v1").serves_here() is here
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,15 @@ from trt_kd.backends import BACKENDS, LOAD_GENERATORS
 from trt_kd.backends.base import Backend, lane_of
 from trt_kd.backends.choosing import choose
 from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
-from trt_kd.backends.load import LoadGenerator, Runs, Workplace, load_record, rows_needed, sweep
+from trt_kd.backends.load import (
+    LoadGenerator,
+    Runs,
+    Workplace,
+    gpu_watch,
+    load_record,
+    rows_needed,
+    sweep,
+)
 from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig, build_plugin, plugin_field
@@ -205,6 +213,7 @@ def measured(
         if config.load_generator is not None:
             tool = config.load_generator
             result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
+            result["load"]["served_here"] = tool.serves_here()
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
@@ -303,12 +312,13 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
     prompts = _prompts(config, folders, rows_needed(tool, loads, config.repeats))
     found: dict[str, list[Runs]] = {}
     folder = out.absolute().with_name(f"{out.name}.requests")
-    place = Workplace(folder, _finished(config, variants, out))
-    seconds = measure_call(
-        lambda: found.update(
-            sweep(tool, targets, prompts, loads, repeats=config.repeats, place=place)
+    with gpu_watch(tool) as watch:
+        place = Workplace(folder, _finished(config, variants, out), watch)
+        seconds = measure_call(
+            lambda: found.update(
+                sweep(tool, targets, prompts, loads, repeats=config.repeats, place=place)
+            )
         )
-    )
     records: Records = {name: [] for name in variants}
     at_rates: Records = {name: [] for name in variants}
     lines = []
@@ -327,8 +337,11 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
                 | load.workload.model_dump()
                 | {"request_rate": load.request_rate, "repeat": repeat}
                 | {"times": run.times, "rates": run.rates, "report": run.report}
+                | ({} if run.gpu is None else {"gpu": run.gpu})
                 for repeat, run in enumerate(runs.runs)
             ]
+    mark_unequal_throttling(list(records.values()))
+    mark_unequal_throttling(list(at_rates.values()))
     return Measured(
         records=records,
         raw={"reports.jsonl": lines},
