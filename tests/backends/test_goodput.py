@@ -1,6 +1,5 @@
 """From a server under load to goodput in the report: recorded answers, and AIPerf where it is."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -51,19 +50,6 @@ while True:
         break
     time.sleep(0.01)
 """
-
-
-def serving():
-    spec = importlib.util.spec_from_file_location("serving", HERE / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def server(teacher):
-    with serving().TinyServer(teacher.path) as running:
-        yield running
 
 
 def settings(server, text_file, **options):

@@ -1,6 +1,5 @@
 """A server under load: AIPerf's settings and report, errors, and AIPerf itself where it is."""
 
-import importlib.util
 import json
 import shutil
 import socket
@@ -34,26 +33,6 @@ change = json.loads(os.environ.get("CHANGE", "{}"))
 (out / "profile_export_aiperf.json").write_text(json.dumps(report | change))
 sys.exit(os.environ.get("SAYS"))
 """
-
-
-def serving():
-    spec = importlib.util.spec_from_file_location("serving", HERE / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def running(teacher):
-    with serving().TinyServer(teacher.path) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    running.state, running.stops_after = 200, None
-    running.bodies.clear()
-    return running
 
 
 @pytest.fixture
