@@ -27,7 +27,7 @@ from trt_kd.latency.operators import METRICS
 from trt_kd.latency.table import LatencyTable, Row, drift_corrected, read_table
 from trt_kd.measuring.progress import progress
 from trt_kd.stages.latency import LatencyConfig, latency
-from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_export
+from trt_kd.stages.twins import CELLS, SOURCE, Stand, untested_export
 
 RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
 AXES = ["ffn", "heads", "kv_heads", "depth"]
@@ -125,9 +125,9 @@ def timed(
         }
 
         def make(place: Path, named: dict[str, ModelShape] = named, start: int = start) -> Any:
-            return cells_json(stand.time(named, config.benchmark(100 + start), place))
+            return CELLS.dump_python(stand.time(named, config.benchmark(100 + start), place))
 
-        cells = cells_of(piece(given.work / "unseen" / f"group-{start}", make))
+        cells = CELLS.validate_python(piece(given.work / "unseen" / f"group-{start}", make))
         rows = [
             Row(sizes=shape.changes(seen.shape), cells=cells[name]) for name, shape in named.items()
         ]

@@ -297,9 +297,15 @@ def one_axis(data, **limit):
     )
 
 
-def test_the_largest_size_that_is_fast_enough_is_kept(data, teacher, exact, runtime, tmp_path):
+def test_the_largest_size_that_is_fast_enough_is_kept(
+    data, teacher, exact, runtime, tmp_path, monkeypatch
+):
+    listed = []
+    real = confirming.possible
+    monkeypatch.setattr(confirming, "possible", lambda *a, **k: listed.append(a) or real(*a, **k))
     config = one_axis(data, itl_ms="85%")
     made = prune(config, source=teacher, latency=exact, out=tmp_path / "pruned")
+    assert len(listed) == 2  # for the corners, and for what is timed: predictions were right
     kept, shape = read_shape(made.path), read_shape(teacher.path)
     before = cells(shape, [2])[0].itl_ms["p50"]
     assert cells(kept, [2])[0].itl_ms["p50"] <= 0.85 * before

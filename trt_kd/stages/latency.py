@@ -40,7 +40,7 @@ from trt_kd.pruning.search import open_axes
 from trt_kd.stages.benchmark import BatchSizes, BenchmarkConfig, Sweep, several
 from trt_kd.stages.export import ExportConfig, export
 from trt_kd.stages.probing import LEAST, probes
-from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of
+from trt_kd.stages.twins import CELLS, SOURCE, Stand
 
 
 class Timing(StageConfig):
@@ -230,12 +230,12 @@ class _Subject:
             for i, shape in enumerate(self.shapes[start : start + config.together])
         }
 
-        def make(folder: Path) -> dict[str, Any]:
+        def make(folder: Path) -> Any:
             stand = Stand(lane, self.source, exported, config.axes)
             group = config.benchmark(start // config.together)
-            return cells_json(stand.time(shapes, group, folder))
+            return CELLS.dump_python(stand.time(shapes, group, folder))
 
-        cells = cells_of(piece(work / f"group-{start}", make))
+        cells = CELLS.validate_python(piece(work / f"group-{start}", make))
         rows = [
             Row(sizes=shape.changes(self.shape), cells=cells[name])
             for name, shape in shapes.items()

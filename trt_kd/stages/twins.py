@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.data.base import DataConfig
@@ -21,6 +23,8 @@ from trt_kd.stages.export import ExportConfig
 
 SOURCE = "source"
 """Name of the unpruned model among those that are timed."""
+CELLS = TypeAdapter(dict[str, list[Cell]])
+"""Writes and reads what ``Stand.time`` found."""
 
 
 def twin(
@@ -81,16 +85,6 @@ class Stand:
         shutil.rmtree(work)
         work.mkdir()
         return {name: [_cell(name, record) for record in rows] for name, rows in records.items()}
-
-
-def cells_json(found: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
-    """What ``Stand.time`` found, for a file."""
-    return {name: [cell.model_dump(mode="json") for cell in cells] for name, cells in found.items()}
-
-
-def cells_of(found: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """The same read back."""
-    return {name: [Cell.model_validate(cell) for cell in rows] for name, rows in found.items()}
 
 
 def _cell(name: str, record: Mapping[str, Any]) -> Cell:
