@@ -60,7 +60,7 @@ class LoadRun:
     goodput_requests_per_s: float | None = None
     """Requests per second that met every limit; None where no limit was given."""
     span_s: Sequence[float] | None = None
-    """When the requests that count began and ended, since 1970; None where the tool keeps it."""
+    """When the requests that count began and ended, since 1970; None if not told."""
     gpu: dict[str, Any] | None = None
     """See ``trt_kd.measuring.gpu.gpu_use``; None where no GPU was watched."""
 

@@ -139,12 +139,12 @@ class LatencyTable(StrictModel):
         Raises:
             ConfigError: if the table has no such lane or lengths.
         """
-        lengths = chosen_lengths(self.lengths, *(lengths or (None, None)))
         if lane not in self.lanes:
             raise ConfigError(
                 f"the latency table has no lane {lane!r}",
                 hint=f"available: {', '.join(self.lanes)}",
             )
+        lengths = chosen_lengths(self.lengths, *(lengths or (None, None)))
         rows = self.lanes[lane].rows
         timed = [_timed(self.shape, row, f"p{percentile}", lengths) for row in rows]
         return LatencyModel(lane, timed, input_tokens=lengths.input_tokens)

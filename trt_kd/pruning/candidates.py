@@ -261,6 +261,7 @@ class _Search:
         ]
         self._refusals: dict[str, int] = {}
         self.least = dict.fromkeys(self._limits, np.inf)
+        """What legal points cost at least, by limit."""
         self._kept: list[_Columns] = []
         self._largest: dict[str, tuple[float, dict[str, int]]] = {}
 
