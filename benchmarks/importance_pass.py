@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from showing import shown
+
 from trt_kd.artifacts.environment import environment
-from trt_kd.errors import TrtKdError
 from trt_kd.measuring.statistics import half_range, median, ratio_interval
 
 AXES = ("ffn", "heads", "kv_heads", "hidden")
@@ -48,19 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.repeats < 2:
         parser.error("--repeats must be 2 at least: a spread needs two runs")
-    try:
-        if given.child:
-            print(json.dumps(timed(given) if given.child == "time" else peak(given)))
-            return 0
-        result = compare(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:  # it has said why
-        return int(error.returncode)
-    print(table(result))
-    print(json.dumps(result))
-    return 0
+    if given.child:
+        return shown(lambda: timed(given) if given.child == "time" else peak(given))
+    return shown(lambda: compare(given), table)
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from showing import shown
+
 from trt_kd.artifacts.environment import environment, installed
-from trt_kd.errors import TrtKdError
 from trt_kd.measuring.machine import load_average
 from trt_kd.measuring.statistics import half_range, median
 
@@ -69,19 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--student and --teacher belong together")
     if given.repeats < 2:
         parser.error("--repeats must be 2 at least: a spread needs two steps")
-    try:
-        if given.child:
-            print(json.dumps(task(given)))
-            return 0
-        found = compare(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:  # it has said why
-        return int(error.returncode)
-    print(table(found))
-    print(json.dumps(found))
-    return 0
+    if given.child:
+        return shown(lambda: task(given))
+    return shown(lambda: compare(given), table)
 
 
 def options() -> argparse.ArgumentParser:

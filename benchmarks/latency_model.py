@@ -9,27 +9,25 @@ again. Prints a table, then one line of JSON.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
+from search_quality import teacher_of
+from showing import shown
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, piece
 from trt_kd.artifacts.environment import environment
 from trt_kd.config import build_plugin, validate
-from trt_kd.errors import TrtKdError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.latency.operators import METRICS
 from trt_kd.latency.table import LatencyTable, Row, drift_corrected, read_table
 from trt_kd.measuring.progress import progress
-from trt_kd.pipeline.recipe import load_recipe
-from trt_kd.stages.import_model import import_model
 from trt_kd.stages.latency import LatencyConfig, latency
-from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_export
+from trt_kd.stages.twins import CELLS, SOURCE, Stand, untested_export
 
 RECIPE = Path(__file__).parents[1] / "workflows" / "quickstart.yaml"
 AXES = ["ffn", "heads", "kv_heads", "depth"]
@@ -52,14 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args(arguments)
-    try:
-        result = compare(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(result))
-    print(json.dumps(result))
-    return 0
+    return shown(lambda: compare(given), table)
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
@@ -134,9 +125,9 @@ def timed(
         }
 
         def make(place: Path, named: dict[str, ModelShape] = named, start: int = start) -> Any:
-            return cells_json(stand.time(named, config.benchmark(100 + start), place))
+            return CELLS.dump_python(stand.time(named, config.benchmark(100 + start), place))
 
-        cells = cells_of(piece(given.work / "unseen" / f"group-{start}", make))
+        cells = CELLS.validate_python(piece(given.work / "unseen" / f"group-{start}", make))
         rows = [
             Row(sizes=shape.changes(seen.shape), cells=cells[name]) for name, shape in named.items()
         ]
@@ -151,16 +142,6 @@ def unseen(config: LatencyConfig, seen: LatencyTable, count: int) -> list[ModelS
     other = config.model_copy(update={"seed": config.seed + 1, "probes": 2 * (count + len(known))})
     drawn = [one for one in other.shapes(seen.shape) if one.changes(seen.shape) not in known]
     return drawn[:count]
-
-
-def teacher_of(given: argparse.Namespace) -> Artifact:
-    """The teacher that was named, or the quickstart's."""
-    if given.teacher is not None:
-        return Artifact.open(given.teacher, expect="checkpoint")
-    place = given.work / "teacher"
-    if place.is_dir():
-        return Artifact.open(place, expect="checkpoint")
-    return import_model(load_recipe(RECIPE).import_, out=place)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 from search_quality import RECIPE, made
+from showing import shown
 
 from trt_kd.artifacts import Artifact
 from trt_kd.artifacts.environment import environment
 from trt_kd.config import build_plugin
-from trt_kd.errors import TrtKdError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.measuring.statistics import mean_interval
 from trt_kd.pipeline.recipe import Recipe, load_recipe
@@ -52,14 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=6)
     given = parser.parse_args(arguments)
-    try:
-        record = compared(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(record))
-    print(json.dumps(record))
-    return 0
+    return shown(lambda: compared(given), table)
 
 
 def compared(given: argparse.Namespace) -> dict[str, Any]:
@@ -113,8 +106,7 @@ def timed(given: argparse.Namespace, models: dict[str, Artifact]) -> dict[str, A
         output_tokens=given.output_tokens,
         repeats=given.repeats,
     )
-    place = given.work / "timed"
-    run = Artifact.open(place) if place.is_dir() else benchmark(config, out=place, **exported)
+    run = made(given.work / "timed", config, benchmark, **exported)
     return {
         name: {"ratio": one.ratio, "low": one.low, "high": one.high, "runs": one.pairs}
         for name in STUDENTS

@@ -12,7 +12,6 @@ dense teacher. Prints tables, then one line of JSON.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from showing import shown
+
 from trt_kd.artifacts.environment import environment
-from trt_kd.errors import TrtKdError
 from trt_kd.measuring.statistics import half_range, median
 
 LIMITS = {"bytes_per_token_at_50": 100, "loss_after_training_ratio": 1.02}
@@ -52,15 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--repeats must be 2 at least: a spread needs two runs")
     if given.train_steps and given.student is None:
         parser.error("--train-steps needs --student")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            record = measured(given, Path(folder))
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(record))
-    print(json.dumps(record))
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return shown(lambda: measured(given, Path(folder)), table)
 
 
 def measured(given: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -10,16 +10,15 @@ Without --teacher and --student the quickstart's are made. Prints a table, then 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from search_quality import made, teacher_of
+from showing import shown
 
 from trt_kd.artifacts import Artifact
 from trt_kd.artifacts.environment import environment
-from trt_kd.errors import TrtKdError
 from trt_kd.losses import LOSSES
 from trt_kd.pipeline.recipe import load_recipe
 from trt_kd.stages.distill import DistillConfig, distill
@@ -55,14 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args(arguments)
-    try:
-        record = compared(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(record))
-    print(json.dumps(record))
-    return 0
+    return shown(lambda: compared(given), table)
 
 
 def compared(given: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from showing import shown
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trt_kd.artifacts import writing
@@ -55,13 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibration-tokens", type=int, default=2048)
     given = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
-        try:
-            result = measured(given, Path(folder))
-        except subprocess.CalledProcessError as error:  # it has said why
-            return int(error.returncode)
-    print(table(result))
-    print(json.dumps(result))
-    return 0
+        return shown(lambda: measured(given, Path(folder)), table)
 
 
 def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:

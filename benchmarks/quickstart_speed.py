@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from showing import shown
+
 from trt_kd.artifacts import Artifact
 from trt_kd.artifacts.environment import environment
-from trt_kd.errors import TrtKdError
 from trt_kd.measuring.statistics import ratio_interval
 from trt_kd.stages.benchmark import BenchmarkConfig, benchmark
 
@@ -42,21 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         output_tokens=given.output_tokens,
         repeats=given.repeats,
     )
+
+    def measured(out: Path) -> dict[str, Any]:
+        variants = {name: Artifact.open(getattr(given, name)) for name in ("baseline", "candidate")}
+        return compare(benchmark(config, out=out, **variants))
+
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            made = benchmark(
-                config,
-                out=given.out or Path(scratch) / "benchmark",
-                baseline=Artifact.open(given.baseline),
-                candidate=Artifact.open(given.candidate),
-            )
-        except TrtKdError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        result = compare(made)
-    print(table(result))
-    print(json.dumps(result))
-    return 0
+        return shown(lambda: measured(given.out or Path(scratch) / "benchmark"), table)
 
 
 def compare(made: Artifact) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Prints a table, then one line of JSON.
 """
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -22,11 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from showing import shown
+
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, work_key
 from trt_kd.artifacts.environment import environment
 from trt_kd.config import StageConfig
-from trt_kd.errors import ArtifactError, ModelError, TrtKdError
+from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.pipeline.recipe import load_recipe
 from trt_kd.pruning import AXES as AXIS_TABLE
 from trt_kd.pruning.reconstruction import Reconstruct
@@ -54,14 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=3)
     parser.add_argument("--tournament-steps", type=int, default=20)
     given = parser.parse_args(arguments)
-    try:
-        result = compare(given)
-    except TrtKdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(result))
-    print(json.dumps(result))
-    return 0
+    return shown(lambda: compare(given), table)
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tiny exports for the runtimes that are installed; programs that stand in for tools."""
 
+import importlib.util
 import os
 import stat
 import sys
@@ -63,6 +64,24 @@ def directory_for(request, teacher) -> Callable[[str], Path]:
         return request.getfixturevalue(made) if made else teacher.path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_server(teacher):
+    """A server of the tiny teacher for the whole session; see ``server``."""
+    spec = importlib.util.spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
+    serving = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serving)
+    with serving.TinyServer(teacher.path) as running:
+        yield running
+
+
+@pytest.fixture
+def server(tiny_server):
+    """That server, as if just started."""
+    tiny_server.state, tiny_server.stops_after = 200, None
+    tiny_server.bodies.clear()
+    return tiny_server
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """From a server under load to goodput in the report: recorded answers, and AIPerf where it is."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from trt_kd.artifacts import Artifact, writing
+from trt_kd.backends.openai_server import OpenaiServer
 from trt_kd.config import StageConfig, validate
 from trt_kd.errors import ArtifactError
 from trt_kd.reporting.details import loads, workloads
@@ -21,7 +21,8 @@ SIZES = (1, 2, 4, 8, 16)
 SLO = {"ttft_ms": 400.0, "tpot_ms": 50.0}
 
 REPLAY = """
-import json, os, sys
+import json, os, sys, time
+from datetime import datetime
 from pathlib import Path
 import yaml
 settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())["benchmark"]
@@ -34,21 +35,21 @@ if recorded is None:
     sys.exit("connection reset by peer")
 if settings["endpoint"]["url"] not in os.environ["REAL"]:
     recorded["output_token_throughput"]["avg"] *= float(os.environ["ALONE"])
+if "SECONDS" in os.environ:
+    recorded["start_time"] = datetime.now().isoformat()
+    time.sleep(float(os.environ["SECONDS"]))
+    recorded["end_time"] = datetime.now().isoformat()
 (out / "profile_export_aiperf.json").write_text(json.dumps(recorded))
 """
 
-
-def serving():
-    spec = importlib.util.spec_from_file_location("serving", HERE / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def server(teacher):
-    with serving().TinyServer(teacher.path) as running:
-        yield running
+SMI = """
+import sys, time
+while True:
+    print("0, 250.00, 1500, 50, 1000, 0x0000000000000000", flush=True)
+    if not any(a.startswith("--loop-ms") for a in sys.argv):
+        break
+    time.sleep(0.01)
+"""
 
 
 def settings(server, text_file, **options):
@@ -75,6 +76,11 @@ def replay(program, monkeypatch, server):
     monkeypatch.setenv("ALONE", "5")
     monkeypatch.setenv("RECORDED", str(RECORDED))
     return monkeypatch
+
+
+@pytest.fixture
+def smi(program):
+    program("nvidia-smi", SMI)
 
 
 @pytest.fixture
@@ -181,6 +187,28 @@ def test_a_client_without_headroom_is_told_and_decides_no_gate(
     labels = [row.detail for row in loads(found).rows]
     assert ["the client alone is only" in label for label in labels] == [not enough] * 2 + [False]
     assert ("the client alone" in found.gates[0].reason) is not enough
+
+
+@pytest.mark.usefixtures("smi")
+@pytest.mark.parametrize("here", [True, False])
+def test_gpus_of_this_machine_stand_beside_a_load_and_those_of_another_are_not_asked(
+    replay, server, text_file, teacher, tmp_path, here
+):
+    replay.setenv("SECONDS", "0.4")
+    replay.setattr(OpenaiServer, "serves_here", lambda self: here)
+    config = settings(server, text_file).model_copy(update={"batch_sizes": (4,)})
+    made = benchmark(config, out=tmp_path / "b", teacher=teacher)
+    found = read_report(reported(made, teacher, tmp_path / "r").path)
+    (record,) = found.variants[0].load
+    table = loads(found)
+    assert record.served_here is here
+    assert ("GPUs were not watched" in table.caption) is not here
+    assert ("Power (W)" in table.columns) is here
+    assert record.gpu_power_w == (250.0 if here else None)
+    if here:
+        assert record.energy_j_per_token == pytest.approx(250 / record.output_tokens_per_s)
+    lines = (made.path / "reports.jsonl").read_text().splitlines()
+    assert ["gpu" in json.loads(line) for line in lines] == [here]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What every load generator shares: order, rows, failures, records."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -15,15 +16,16 @@ from trt_kd.backends.load import (
     LoadGenerator,
     LoadRun,
     Workplace,
+    gpu_watch,
     load_record,
-    numbers_at,
     rows_needed,
-    run_program,
     sweep,
 )
+from trt_kd.backends.programs import numbers_at, run_program
 from trt_kd.backends.worker import OutOfMemoryError
 from trt_kd.errors import MissingDependencyError, ServerError
 from trt_kd.measuring.clock import Workload
+from trt_kd.measuring.gpu import GpuSample, GpuWatch
 from trt_kd.measuring.metrics import DEFINITIONS
 
 LOADS = [Workload(batch_size=size, input_tokens=4, output_tokens=2) for size in (1, 3)]
@@ -47,7 +49,8 @@ class Fake(LoadGenerator):
         if error:
             raise error
         times = {name: dict.fromkeys(("p50", "p90", "p99"), float(len(SEEN))) for name in TIMES}
-        return LoadRun(times=times, rates={"output_tokens_per_s": 10.0}, report={"n": len(SEEN)})
+        rates = {"output_tokens_per_s": 10.0}
+        return LoadRun(times=times, rates=rates, report={"n": len(SEEN)}, span_s=(100.0, 102.0))
 
 
 SEEN: list = []
@@ -62,7 +65,7 @@ def fresh():
 
 @pytest.fixture
 def measure(tmp_path):
-    def measure(names, repeats=2, finished=None, **options):
+    def measure(names, repeats=2, finished=None, watch=None, **options):
         tool = Fake(**options)
         loads = tool.loads(LOADS)
         rows = np.arange(4 * rows_needed(tool, loads, repeats)).reshape(-1, 4)
@@ -72,7 +75,7 @@ def measure(tmp_path):
             dict.fromkeys(names, rows),
             loads,
             repeats=repeats,
-            place=Workplace(tmp_path / "b.requests", finished),
+            place=Workplace(tmp_path / "b.requests", finished, watch),
         )
 
     return measure
@@ -130,6 +133,40 @@ def test_a_record_is_the_median_of_runs_with_an_interval(measure):
     assert low < 6 ** (1 / 3) < high
     assert (record["repeats"], record["spread"], record["steady"]) == (3, 0.0, True)
     assert record["goodput_requests_per_s"] is None
+
+
+def watching(watts, at_s):
+    watch = GpuWatch()
+    watch._samples = [GpuSample(at, 0, watts, 1500.0, 50.0, 1e9, 0x4) for at in at_s]
+    return watch
+
+
+def test_gpus_are_asked_for_the_time_of_the_requests_that_count_alone(measure):
+    busy = watching(250.0, [100 + n / 10 for n in range(21)])
+    busy._samples += watching(60.0, [90.0, 99.9, 102.1, 110.0])._samples
+    runs = measure("a", watch=busy)["a"][0]
+    found = load_record(runs, spread_limit=0.1)
+    assert found["gpu_power_w"] == 250.0
+    assert found["energy_j_per_token"] == pytest.approx(250.0 / 10.0)
+    assert found["gpu_throttled"] == {"power cap": 1.0}
+
+
+@pytest.mark.parametrize("watch", [None, watching(60.0, [99.0, 103.0])])
+def test_where_nothing_was_watched_a_record_has_no_numbers_of_gpus(measure, watch):
+    found = load_record(measure("a", watch=watch)["a"][0], spread_limit=0.1)
+    assert not [name for name in found if name.startswith(("gpu_", "energy_"))]
+
+
+def test_a_server_elsewhere_is_not_watched(caplog):
+    class Elsewhere(Fake):
+        def serves_here(self):
+            return False
+
+    with caplog.at_level("INFO"), gpu_watch(Elsewhere()) as watch:
+        assert watch is None
+    assert "its GPUs are not watched" in caplog.text
+    with gpu_watch(Fake()) as watch:
+        assert abs(watch.clock() - time.time()) < 60
 
 
 @pytest.mark.parametrize("name", LOAD_GENERATORS.names())

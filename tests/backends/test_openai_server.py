@@ -1,9 +1,9 @@
 """A server under load: AIPerf's settings and report, errors, and AIPerf itself where it is."""
 
-import importlib.util
 import json
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +33,6 @@ change = json.loads(os.environ.get("CHANGE", "{}"))
 (out / "profile_export_aiperf.json").write_text(json.dumps(report | change))
 sys.exit(os.environ.get("SAYS"))
 """
-
-
-def serving():
-    spec = importlib.util.spec_from_file_location("serving", HERE / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def running(teacher):
-    with serving().TinyServer(teacher.path) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    running.state, running.stops_after = 200, None
-    running.bodies.clear()
-    return running
 
 
 @pytest.fixture
@@ -134,6 +114,25 @@ def test_a_report_is_read_and_keeps_no_address():
     kept = json.dumps(found.report)
     assert "sesame" not in kept
     assert "somewhere" not in kept
+
+
+def test_a_report_says_when_its_requests_ran():
+    report = json.loads(SAMPLE.read_text())
+    assert read_report(report, requests=8, output_tokens=8).span_s is None
+    report |= {"start_time": "2026-11-22T15:19:00.942459", "end_time": "2026-11-22T15:19:03.357090"}
+    start_s, end_s = read_report(report, requests=8, output_tokens=8).span_s
+    assert end_s - start_s == pytest.approx(2.414631)
+    assert start_s == pytest.approx(
+        time.mktime((2026, 11, 22, 15, 19, 0, 0, 0, -1)) + 0.942459, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("127.0.0.1", True), ("localhost", True), ("192.0.2.1", False), ("no.such.invalid", False)],
+)
+def test_a_server_is_here_if_its_address_is_this_machines(host, here):
+    assert made(f"http://{host}:8000/v1").serves_here() is here
 
 
 @pytest.mark.parametrize(

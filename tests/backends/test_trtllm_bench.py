@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shlex
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,6 +155,16 @@ def test_a_run_gives_the_tool_our_rows_and_keeps_its_report(tool, target, tmp_pa
     assert [row["input_ids"] for row in seen["rows"]] == rows(16)[8:]
     assert yaml.safe_load(seen["options"]) == {"kv_cache_config": {"enable_block_reuse": False}}
     assert run.report["engine"]["version"] == "1.3.0rc24"
+
+
+def test_the_requests_ran_until_the_report_was_written(tool, target, tmp_path):
+    (tmp_path / "run").mkdir()
+    bench = TrtllmBench(requests_per_slot=1)
+    before_s = time.time()
+    start_s, end_s = bench.run(target, Load(ONE, prompts=rows(3)), tmp_path / "run").span_s
+    assert before_s - 1 < end_s < time.time() + 1
+    seconds = sample("throughput_1.3")["performance"]["total_latency_ms"] / 1000
+    assert end_s - start_s == pytest.approx(seconds)
 
 
 def test_short_memory_is_told_apart_from_other_failures(tool, target, tmp_path, monkeypatch):

@@ -20,8 +20,7 @@ TINY += ["--repeats", "2"]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def script():
     spec = importlib.util.spec_from_file_location("kd_step", FOLDER / "kd_step.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -32,7 +32,8 @@ def machine(script, monkeypatch):
             ms = 2.0 + shape.layers * (0.1 + 1e-5 * shape.hidden * shape.ffn)
             ms *= 1.1 if name.startswith("unseen") else 1.0
             times = {"p50": ms, "p90": ms, "p99": ms}
-            return [Cell(batch_size=1, ttft_ms=times, itl_ms=times, spread=0.0)]
+            lengths = {"input_tokens": config.input_tokens, "output_tokens": config.output_tokens}
+            return [Cell(batch_size=1, **lengths, ttft_ms=times, itl_ms=times, spread=0.0)]
 
         everything = {SOURCE: read_shape(stand.source.path), **shapes}
         return {name: cell(name, shape) for name, shape in everything.items()}

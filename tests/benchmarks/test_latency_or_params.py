@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +10,10 @@ from trt_kd.stages.distill import require_modelopt
 from trt_kd.stages.prune import PruneConfig, prune
 
 require_modelopt()
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
     found = importlib.import_module("latency_or_params")
     monkeypatch.setattr(found, "untested_export", lambda lane, source, out: source)
     return found

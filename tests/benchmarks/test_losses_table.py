@@ -2,18 +2,15 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import yaml
 
 from trt_kd.stages.distill import require_modelopt
 
 require_modelopt()
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_every_loss_stands_beside_both_controls(teacher, text_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(FOLDER)
+def test_every_loss_stands_beside_both_controls(teacher, text_file, tmp_path, capsys):
     script = importlib.import_module("losses_table")
     recipe = tmp_path / "recipe.yaml"
     settings = {

@@ -200,7 +200,8 @@ def test_fewer_experts_save_prefill_and_large_batches_and_nothing_of_a_single_to
 
 def cell(ms, batch=4):
     times = {"p50": ms, "p90": 1.1 * ms, "p99": 1.2 * ms}
-    return Cell(batch_size=batch, ttft_ms=times, itl_ms=times, spread=0.01)
+    lengths = {"input_tokens": INPUT_TOKENS, "output_tokens": 8}
+    return Cell(batch_size=batch, **lengths, ttft_ms=times, itl_ms=times, spread=0.01)
 
 
 def test_a_slower_hour_is_taken_out_of_the_probes_times():

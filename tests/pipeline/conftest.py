@@ -3,6 +3,8 @@
 import pytest
 import yaml
 
+from trt_kd.pipeline import estimate
+
 
 @pytest.fixture
 def settings(teacher, text_file):
@@ -22,6 +24,32 @@ def settings(teacher, text_file):
             {"name": "small", "variant": "student", "metric": "parameters_share", "max": 0.9}
         ],
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama_config():
+    """Content of a plain Llama's config.json, of eight layers, by the width of its MLP."""
+
+    def config(ffn):
+        return {
+            "model_type": "llama",
+            "vocab_size": 8000,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_size": 512,
+            "intermediate_size": ffn,
+            "tie_word_embeddings": True,
+        }
+
+    return config
+
+
+@pytest.fixture
+def matrix_rate(monkeypatch):
+    """Let a plan believe in this many FLOPs per second, and return them."""
+    monkeypatch.setattr(estimate, "matrix_flops_per_s", lambda: 1e11)
+    return 1e11
 
 
 @pytest.fixture

@@ -13,19 +13,8 @@ SEQUENTIAL = {"schedule": "sequential"}
 
 
 @pytest.fixture(scope="module")
-def shape():
-    return shape_from_config(
-        {
-            "model_type": "llama",
-            "vocab_size": 8000,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "tie_word_embeddings": True,
-        }
-    )
+def shape(llama_config):
+    return shape_from_config(llama_config(1536))
 
 
 def settings(axis, **changes):
@@ -67,9 +56,9 @@ def test_a_fold_is_a_gram_matrix_its_solutions_and_passes_that_prove_it(shape):
     assert proof_tokens(config, shape, 1) == (2 + len(SHARES)) * held
 
 
+@pytest.mark.usefixtures("matrix_rate")
 @pytest.mark.parametrize("more", [{"layers": 5}, {"layers": 6, "calibration_tokens": 8192}])
-def test_more_to_fold_takes_longer(shape, more, monkeypatch):
-    monkeypatch.setattr(module, "matrix_flops_per_s", lambda: 1e11)
+def test_more_to_fold_takes_longer(shape, more):
     changes = {k: v for k, v in more.items() if k != "layers"}
     one, other = settings({"layers": 6}), settings({"layers": more["layers"]}, **changes)
     seconds = [
@@ -78,8 +67,8 @@ def test_more_to_fold_takes_longer(shape, more, monkeypatch):
     assert seconds[0] < seconds[1]
 
 
-def test_cuts_that_are_measured_for_a_search_count_their_folds(shape, monkeypatch):
-    monkeypatch.setattr(module, "matrix_flops_per_s", lambda: 1e11)
+@pytest.mark.usefixtures("matrix_rate")
+def test_cuts_that_are_measured_for_a_search_count_their_folds(shape):
     plain = {"axes": [{"kind": "depth"}, {"kind": "ffn"}], "reconstruct": SEQUENTIAL}
     config = ScoreConfig.model_validate(plain)
     found = module._COSTS["score"](config, shape, shape)[0]

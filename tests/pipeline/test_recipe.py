@@ -56,6 +56,11 @@ def test_three_mistakes_are_reported_at_once_with_their_paths():
         ("latency=null", "budget.latency needs measured times"),
         ("prune.budget={params: 80%}", "latency has no effect: no budget limits time"),
         ("latency.lanes={engine: trtllm-engine}", "trtllm-engine is not run here"),
+        (
+            "latency.input_tokens=[64, 512]",
+            "2 pairs of lengths: 64 + 24, 512 + 24 tokens: name one",
+        ),
+        ("prune.budget.latency.input_tokens=65", "65 + any tokens are not in the latency table"),
         ("prune.budget.latency.itl_ms=fast", "write a number, or a percentage"),
         ("prune.budget.latency={batch: 4}", "at least one of itl_ms, ttft_ms and tokens_per_s"),
         ("prune.budget.latency={tokens_per_s: 80%}", "lies above 100%"),

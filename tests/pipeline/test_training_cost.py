@@ -56,29 +56,18 @@ HOLDS_MORE = ("another teacher", "a feature", "another pair", "a rule's pairs", 
               "a projector", "a larger projector")  # fmt: skip
 
 
-PLAIN = {
-    "model_type": "llama",
-    "vocab_size": 8000,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_size": 512,
-    "tie_word_embeddings": True,
-}
-
-
 @pytest.fixture(scope="module")
-def shapes() -> tuple[ModelShape, ModelShape]:
-    return tuple(shape_from_config(PLAIN | {"intermediate_size": n}) for n in (768, 1536))
+def shapes(llama_config) -> tuple[ModelShape, ModelShape]:
+    return tuple(shape_from_config(llama_config(ffn)) for ffn in (768, 1536))
 
 
 @pytest.fixture(autouse=True)
-def others(tmp_path, monkeypatch):
+def others(llama_config, tmp_path, monkeypatch):
     """Folders of further teachers: ``a`` is as wide as the student, ``b`` four times as wide."""
     monkeypatch.chdir(tmp_path)
     for name, width in (("a", 768), ("b", 3072)):
         (tmp_path / name).mkdir()
-        text = json.dumps(PLAIN | {"intermediate_size": width})
+        text = json.dumps(llama_config(width))
         (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -116,23 +105,22 @@ def test_own_text_is_written_token_by_token_at_the_speed_of_memory_or_of_the_pro
     assert training_flops(config, *shapes) == tokens * (3 * student_flops + teacher_flops)
 
 
-def test_a_plan_s_estimate_of_a_distillation_is_made_of_these(shapes, monkeypatch):
-    monkeypatch.setattr(module, "matrix_flops_per_s", lambda: RATE)
+def test_a_plan_s_estimate_of_a_distillation_is_made_of_these(shapes, matrix_rate):
     config = DistillConfig.model_validate({"features": [TWO], "on_policy": WRITE})
     time_s, memory, disk = module._COSTS["distill"](config, *shapes)
-    expected = training_flops(config, *shapes) / (module.TRAINING_SHARE * RATE)
-    expected += writing_s(config, *shapes, module.FORWARD_SHARE * RATE)
+    expected = training_flops(config, *shapes) / (module.TRAINING_SHARE * matrix_rate)
+    expected += writing_s(config, *shapes, module.FORWARD_SHARE * matrix_rate)
     assert time_s == pytest.approx(expected)
     assert memory == training_bytes(config, *shapes)
     assert disk == 14.0 * shapes[0].parameters
 
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits", "best"])
-def test_several_teachers_count_by_their_own_sizes(shapes, combine):
+def test_several_teachers_count_by_their_own_sizes(shapes, llama_config, combine):
     student, teacher = shapes
     several = {"kind": "several", "others": ["a", "b"], "combine": combine}
     config = DistillConfig.model_validate({"teacher": several, "monitor": None})
-    sizes = [teacher, student, shape_from_config(PLAIN | {"intermediate_size": 3072})]
+    sizes = [teacher, student, shape_from_config(llama_config(3072))]
     flops = 3 * student.forward_flops_per_token() + sum(x.forward_flops_per_token() for x in sizes)
     assert training_flops(config, *shapes) == pytest.approx(config.tokens * flops)
     one = training_bytes(DistillConfig(monitor=None), *shapes)

@@ -14,7 +14,13 @@ from trt_kd.errors import ModelError
 from trt_kd.pruning import AXES
 from trt_kd.pruning import candidates as module
 from trt_kd.pruning.budget import MB, Budget, memory_bytes
-from trt_kd.pruning.candidates import enumerate_candidates, possible, resized, size_choices
+from trt_kd.pruning.candidates import (
+    countable,
+    enumerate_candidates,
+    possible,
+    resized,
+    size_choices,
+)
 from trt_kd.pruning.catalogue import Target, refused
 from trt_kd.pruning.depth import DepthAxis
 
@@ -331,3 +337,33 @@ def test_what_the_family_lacks_or_takes_in_no_size_is_refused_in_two_lines():
     derived = replace(DENSE, model_type="phi3", derived_head_dim=True)
     with pytest.raises(ModelError, match=r"that fit can be made\n  hint: .*phi3"):
         possible([AXES.load("hidden")()], derived, Budget(params=0.8), Target())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [
+        (DENSE, ["ffn"]),
+        (DENSE, ["kv_heads"]),
+        (MIXTURE, ["experts"]),
+        (replace(MIXTURE, vocab=2**18), ["experts"]),
+        (replace(DENSE, vocab=2**18), ["kv_heads", "depth"]),
+    ],
+)
+def test_where_only_time_is_limited_a_plan_counts_with_what_the_axes_can_reach(shape, kinds):
+    axes = [AXES.load(kind)() for kind in kinds]
+    timed = Budget(latency={"itl_ms": "70%"})
+    budget = countable(timed, axes, shape, Target())
+    grid = size_choices(axes, shape)
+    least = min(
+        resized(shape, dict(zip(grid, sizes, strict=True))).parameters
+        for sizes in product(*grid.values())
+    )
+    wanted = max(0.8, (1 + least / shape.parameters) / 2 if least > 0.8 * shape.parameters else 0)
+    assert budget == Budget(params=wanted)
+    assert possible(axes, shape, budget, Target())[0].parameters < shape.parameters
+
+
+def test_limits_that_can_be_counted_are_kept_when_those_on_time_go():
+    axes = [AXES.load("ffn")()]
+    timed = Budget(active_params=0.9, latency={"itl_ms": "70%"})
+    assert countable(timed, axes, DENSE, Target()) == Budget(active_params=0.9)

@@ -327,7 +327,8 @@ def test_cuts_that_cost_nothing_have_no_place_on_a_logarithmic_scale():
 LATENCY = {
     "lane": "int4",
     "limit": {"itl_ms": "70%", "ttft_ms": None, "tokens_per_s": None, "batch": 4,
-              "percentile": 50, "lane": None, "min_speedup": 1.02},
+              "percentile": 50, "lane": None, "min_speedup": 1.02,
+              "input_tokens": 64, "output_tokens": 24},
     "limits": {"itl_ms": 21.0},
     "before": {"itl_ms": 30.0},
     "prediction_errors": {"itl_ms": 0.02},
@@ -348,8 +349,15 @@ LATENCY = {
 def test_a_limit_on_time_shows_the_lanes_and_what_was_timed(texts):
     for text in texts(found(record_of() | {"latency": LATENCY})):
         for said in ("Lanes under the limit", "Timed on the runtime", "unpruned", "22.5", "20.7",
-                     "over the limit", "kept", "1.47"):  # fmt: skip
+                     "over the limit", "kept", "1.47", "Batch size 4, 64 + 24 tokens;",
+                     "(median error: ITL 2.0%)"):  # fmt: skip
             assert said in text
+
+
+def test_a_limit_from_before_tables_had_several_lengths_is_told_without_them(texts):
+    limit = {k: v for k, v in LATENCY["limit"].items() if not k.endswith("put_tokens")}
+    for text in texts(found(record_of() | {"latency": LATENCY | {"limit": limit}})):
+        assert "Batch size 4; ITL" in text
 
 
 def test_one_open_axis_under_a_limit_on_time_is_told_without_a_search():

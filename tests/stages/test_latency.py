@@ -10,7 +10,7 @@ from trt_kd.artifacts.environment import environment
 from trt_kd.checkpoints import save_model
 from trt_kd.cli.candidates import dry_run
 from trt_kd.config import StageConfig
-from trt_kd.errors import ConfigError, ModelError
+from trt_kd.errors import ArtifactError, ConfigError, ModelError
 from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
 from trt_kd.pruning.budget import Budget
@@ -18,6 +18,7 @@ from trt_kd.pruning.candidates import SearchSpace
 from trt_kd.pruning.search import Search
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.stages import confirming
+from trt_kd.stages.benchmark import several
 from trt_kd.stages.confirming import chosen_lane, corners
 from trt_kd.stages.latency import LatencyConfig, Timing, latency
 from trt_kd.stages.prune import PruneConfig, prune
@@ -96,22 +97,34 @@ def config(settings):
 
 @pytest.fixture(scope="module")
 def table(settings, teacher, tmp_path_factory):
-    config = LatencyConfig.model_validate(settings | {"probes": 3, "together": 3})
+    change = {"probes": 3, "together": 3, "input_tokens": (INPUT_TOKENS, 12)}
+    config = LatencyConfig.model_validate(settings | change)
     return latency(config, source=teacher, out=tmp_path_factory.mktemp("latency") / "table")
 
 
-def cells(shape, batch_sizes, factor=1.0):
-    """Times of a machine for which the model holds exactly."""
+def cells(shape, batch_sizes, factor=1.0, input_tokens=INPUT_TOKENS):
+    """Times of a machine for which the model holds exactly, longer for longer prompts."""
     found = []
     for batch in batch_sizes:
         times = {}
         for metric in METRICS:
-            tokens = batch * (INPUT_TOKENS if metric == "ttft_ms" else 1)
+            tokens = batch * (input_tokens if metric == "ttft_ms" else 1)
             units = amounts(shape, metric, tokens)
             ms = factor * batch * sum(TRUE[name] * units[name] for name in units)
+            ms *= input_tokens / INPUT_TOKENS
             times[metric] = {"p50": ms, "p90": ms, "p99": ms}
-        found.append(Cell(batch_size=batch, spread=0.0, **times))
+        lengths = {"input_tokens": input_tokens, "output_tokens": 3}
+        found.append(Cell(batch_size=batch, spread=0.0, **lengths, **times))
     return found
+
+
+def cells_at(shape, config, factor=1.0):
+    """The same at every length of ``config``."""
+    return [
+        cell
+        for tokens in several(config.input_tokens)
+        for cell in cells(shape, config.batch_sizes, factor, tokens)
+    ]
 
 
 def written(out, config, teacher, *, kl_nats=None):
@@ -120,7 +133,7 @@ def written(out, config, teacher, *, kl_nats=None):
     lanes = {}
     for number, (name, nats) in enumerate((kl_nats or {"plain": 0.0}).items()):
         rows = [
-            Row(sizes=one.changes(shape), cells=cells(one, config.batch_sizes, 0.5**number))
+            Row(sizes=one.changes(shape), cells=cells_at(one, config, 0.5**number))
             for one in [shape, *config.shapes(shape)]
         ]
         lane = config.lanes["plain"]
@@ -129,8 +142,6 @@ def written(out, config, teacher, *, kl_nats=None):
     made = LatencyTable(
         hardware=environment(),
         source=vars(shape),
-        input_tokens=INPUT_TOKENS,
-        output_tokens=3,
         lanes=lanes,
     )
     with writing(out, kind="latency", config=config, inputs={"source": teacher}) as draft:
@@ -150,13 +161,15 @@ def runtime(monkeypatch):
     class Runtime:
         slower = 1.0
         timed: list = []
+        workloads: tuple = ()
 
         def time(self, stand, shapes, benchmark, work):
             self.timed.append(sorted(shapes))
             shape = read_shape(stand.source.path)
-            found = {SOURCE: cells(shape, benchmark.batch_sizes)}
+            self.workloads = benchmark.rounds.workloads
+            found = {SOURCE: cells_at(shape, benchmark)}
             for name, made in shapes.items():
-                found[name] = cells(made, benchmark.batch_sizes, self.slower)
+                found[name] = cells_at(made, benchmark, self.slower)
             return found
 
     made = Runtime()
@@ -175,11 +188,13 @@ def test_every_lane_holds_the_unpruned_model_and_every_probe(table):
     lane = read_table(table.path).lanes["plain"]
     assert lane.rows[0].sizes == {}
     assert len(lane.rows) == 1 + 3
-    assert all([cell.batch_size for cell in row.cells] == [1, 2] for row in lane.rows)
+    workloads = [(INPUT_TOKENS, 1), (INPUT_TOKENS, 2), (12, 1), (12, 2)]
+    for row in lane.rows:
+        assert [(cell.input_tokens, cell.batch_size) for cell in row.cells] == workloads
     assert lane.kl_nats == pytest.approx(0, abs=1e-6)
     told = table.metrics["lanes"]["plain"]
-    assert {(one["metric"], one["batch_size"]) for one in told} == {
-        (metric, batch) for metric in METRICS for batch in (1, 2)
+    assert {(one["input_tokens"], one["metric"], one["batch_size"]) for one in told} == {
+        (tokens, metric, batch) for metric in METRICS for tokens, batch in workloads
     }
 
 
@@ -217,6 +232,8 @@ def test_a_group_that_was_timed_is_not_timed_again(config, teacher, tmp_path, mo
         ({"axes": ["vocab"]}, "leave out vocab"),
         ({"lanes": {"engine": "trtllm-engine"}}, "trtllm-engine is not run here"),
         ({"probes": 2}, "greater than or equal to 3"),
+        ({"input_tokens": (8, 8)}, "one of 8, 8 stands twice"),
+        ({"batch_sizes": (1, 4, 1)}, "one of 1, 4, 1 stands twice"),
     ],
 )
 def test_settings_that_cannot_be_timed_are_refused(settings, change, message):
@@ -233,7 +250,26 @@ def test_too_few_sizes_are_refused_before_anything_is_timed(settings, teacher, t
 
 def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "latency.json").write_text(json.dumps({"schema_version": 1}), encoding="utf-8")
-    with pytest.raises(Exception, match="is no latency table: hardware: Field required"):
+    with pytest.raises(ArtifactError, match="is no latency table: hardware: Field required"):
+        read_table(tmp_path)
+    (tmp_path / "latency.json").write_text('{"schema_version": 1', encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is no latency table"):
+        read_table(tmp_path)
+
+
+def test_a_table_from_before_there_were_several_lengths_is_read(exact, tmp_path):
+    table = read_table(exact.path)
+    content = table.model_dump(mode="json") | {"schema_version": 1}
+    content |= {"input_tokens": INPUT_TOKENS, "output_tokens": 3}
+    for lane in content["lanes"].values():
+        for row in lane["rows"]:
+            for cell in row["cells"]:
+                del cell["input_tokens"], cell["output_tokens"]
+    (tmp_path / "latency.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_table(tmp_path) == table
+    del content["output_tokens"]
+    (tmp_path / "latency.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="output_tokens"):
         read_table(tmp_path)
 
 
@@ -256,9 +292,15 @@ def one_axis(data, **limit):
     )
 
 
-def test_the_largest_size_that_is_fast_enough_is_kept(data, teacher, exact, runtime, tmp_path):
+def test_the_largest_size_that_is_fast_enough_is_kept(
+    data, teacher, exact, runtime, tmp_path, monkeypatch
+):
+    listed = []
+    real = confirming.possible
+    monkeypatch.setattr(confirming, "possible", lambda *a, **k: listed.append(a) or real(*a, **k))
     config = one_axis(data, itl_ms="85%")
     made = prune(config, source=teacher, latency=exact, out=tmp_path / "pruned")
+    assert len(listed) == 2  # for the corners, and for what is timed: predictions were right
     kept, shape = read_shape(made.path), read_shape(teacher.path)
     before = cells(shape, [2])[0].itl_ms["p50"]
     assert cells(kept, [2])[0].itl_ms["p50"] <= 0.85 * before
@@ -270,9 +312,12 @@ def test_the_largest_size_that_is_fast_enough_is_kept(data, teacher, exact, runt
     assert record["corners"][0]["name"] == "unpruned"
 
 
-def test_experts_are_cut_to_what_is_fast_enough(data, settings, mixture, runtime, tmp_path):
-    axis = {"kind": "expert_ffn", "multiple_of": 8}
-    change = {"axes": ["experts", axis]}
+EXPERT_FFN = {"kind": "expert_ffn", "multiple_of": 8}
+
+
+@pytest.mark.parametrize("axis", [EXPERT_FFN, "experts"])
+def test_experts_are_cut_to_what_is_fast_enough(data, settings, mixture, runtime, tmp_path, axis):
+    change = {"axes": ["experts", EXPERT_FFN]}
     table = LatencyConfig.model_validate(settings | change | {"lanes": {"plain": "hf-unified"}})
     exact = written(tmp_path / "exact", table, mixture)
     limit = {"latency": {"batch": 2, "ttft_ms": "95%"}}
@@ -311,8 +356,62 @@ def test_a_runtime_that_never_keeps_the_limit_ends_the_search(
         prune(one_axis(data, itl_ms="85%"), source=teacher, latency=exact, out=tmp_path / "p")
 
 
+LONG = 4 * INPUT_TOKENS
+
+
+@pytest.fixture
+def two_lengths(settings, teacher, tmp_path):
+    change = {"input_tokens": (INPUT_TOKENS, LONG)}
+    return written(tmp_path / "two", LatencyConfig.model_validate(settings | change), teacher)
+
+
+def test_a_limit_holds_at_the_lengths_it_names(data, teacher, two_lengths, runtime, tmp_path):
+    shape = read_shape(teacher.path)
+    ms = cells(shape, [2], input_tokens=LONG)[0].itl_ms["p50"]
+    config = one_axis(data, itl_ms=0.85 * ms, input_tokens=LONG)
+    made = prune(config, source=teacher, latency=two_lengths, out=tmp_path / "pruned")
+    kept = cells(read_shape(made.path), [2], input_tokens=LONG)[0]
+    assert 0.8 * ms < kept.itl_ms["p50"] <= 0.85 * ms
+    assert [(one.input_tokens, one.output_tokens) for one in runtime.workloads] == [(LONG, 3)]
+    record = made.metrics["latency"]
+    assert (record["limit"]["input_tokens"], record["limit"]["output_tokens"]) == (LONG, 3)
+    assert record["before"]["itl_ms"] == pytest.approx(ms)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ({}, rf"2 pairs of lengths: {INPUT_TOKENS} \+ 3, {LONG} \+ 3"),
+        ({"output_tokens": 3}, "2 pairs of lengths"),
+        ({"input_tokens": 9}, rf"9 \+ any tokens are not .* {INPUT_TOKENS} \+ 3, {LONG} \+ 3"),
+        ({"input_tokens": LONG, "output_tokens": 4}, rf"{LONG} \+ 4 tokens are not"),
+    ],
+)
+def test_lengths_that_are_not_one_pair_of_the_table_list_the_choices(
+    data, teacher, two_lengths, tmp_path, lengths, said
+):
+    config = one_axis(data, itl_ms="85%", **lengths)
+    with pytest.raises(ConfigError, match=said):
+        prune(config, source=teacher, latency=two_lengths, out=tmp_path / "pruned")
+
+
+def test_the_error_is_stated_for_the_lengths(two_lengths):
+    table = read_table(two_lengths.path)
+    first, *probes = table.lanes["plain"].rows
+    cells = [
+        cell if cell.input_tokens == LONG else cell.model_copy(update={"itl_ms": {"p50": 1.0}})
+        for cell in first.cells
+    ]
+    rows = [first.model_copy(update={"cells": cells}), *probes]
+    lane = table.lanes["plain"].model_copy(update={"rows": rows})
+    noisy = table.model_copy(update={"lanes": {"plain": lane}})
+    found = [noisy.model("plain", lengths=each).fits["itl_ms", 2] for each in table.lengths]
+    assert found[0].max_error > 0.1
+    assert found[1].max_error < 1e-6
+
+
 def test_candidates_are_timed_on_the_real_runtime(data, teacher, table, tmp_path):
-    config = one_axis(data, itl_ms="1000%", batch=1, min_speedup=0.01)
+    config = one_axis(data, itl_ms="1000%", batch=1, min_speedup=0.01, input_tokens=12)
     budget = config.budget.model_copy(update={"params": 0.9})
     out = tmp_path / "pruned"
     made = prune(
@@ -478,3 +577,5 @@ def test_a_dry_run_tells_programs_everything(config, teacher, exact, capsys):
     told = json.loads(capsys.readouterr().out)
     assert [one["name"] == "unpruned" for one in told["corners"]] == [True, False]
     assert all(one["costs"]["itl_ms"] <= told["limits"]["itl_ms"] for one in told["candidates"])
+    assert told["lengths"] == {"input_tokens": INPUT_TOKENS, "output_tokens": 3}
+    assert told["prediction_errors"]["itl_ms"] == pytest.approx(0, abs=1e-6)

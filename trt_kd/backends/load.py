@@ -6,22 +6,23 @@ its own and the unit of replication: records hold medians over runs of each run'
 
 import logging
 import math
-import re
 import shutil
-import subprocess
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
 from trt_kd.artifacts import Finished
-from trt_kd.backends.worker import OutOfMemoryError, out_of_memory
 from trt_kd.config import Plugin
-from trt_kd.errors import MissingDependencyError, ServerError, TrtKdError
+from trt_kd.errors import MissingDependencyError, TrtKdError
 from trt_kd.measuring.clock import Workload
+from trt_kd.measuring.gpu import GpuWatch, gpu_record, gpu_use
 from trt_kd.measuring.metrics import RATES, summarise_rates
 from trt_kd.measuring.statistics import PERCENTILES, mean_interval, median
 
@@ -31,7 +32,6 @@ SHARES = tuple(f"p{share}" for share in PERCENTILES)
 TIMES = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
 LEAST_HEADROOM = 3.0
 """A client that is not this many times faster than the server is part of what it measures."""
-_TOLD_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ class LoadRun:
     """The tool's own summary, whole."""
     goodput_requests_per_s: float | None = None
     """Requests per second that met every limit; None where no limit was given."""
+    span_s: Sequence[float] | None = None
+    """When the requests that count began and ended, since 1970; None if not told."""
+    gpu: dict[str, Any] | None = None
+    """See ``trt_kd.measuring.gpu.gpu_use``; None where no GPU was watched."""
+
+    def watched(self, watch: GpuWatch | None) -> "LoadRun":
+        """The same with what ``watch``, by the time of day, saw while the requests ran."""
+        if watch is None or self.span_s is None:
+            return self
+        start_s, end_s = self.span_s
+        return replace(self, gpu=gpu_use(watch.between(start_s, end_s), start_s, end_s))
 
 
 @dataclass
@@ -113,6 +124,10 @@ class LoadGenerator(Plugin, ABC):
         """
         return None
 
+    def serves_here(self) -> bool:
+        """Whether the model runs on this machine, whose GPUs can be watched."""
+        return True
+
     def tokenizer_folder(self, target: Path) -> Path:
         """Where the tokenizer of ``target`` lies."""
         return target
@@ -145,6 +160,8 @@ class Workplace:
     """The tool's own, of one run at a time."""
     finished: Finished | None = None
     """Loads that were measured before a kill; one that failed is measured again."""
+    watch: GpuWatch | None = None
+    """What looks at the GPUs meanwhile."""
 
     def recall(self, number: int, at_load: Mapping[str, Runs]) -> bool:
         """Fill in the runs of a load that was measured before; whether it was."""
@@ -168,13 +185,14 @@ def _turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
 
 
 def _run(
-    generator: LoadGenerator, target: Path, load: Load, folder: Path, runs: Runs
+    generator: LoadGenerator, target: Path, load: Load, place: Workplace, runs: Runs
 ) -> TrtKdError | None:
-    """Run once in the emptied ``folder``; keep what was told, or return what went wrong."""
+    """Run once in the emptied folder; keep what was told, or return what went wrong."""
+    folder = place.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        runs.runs.append(generator.run(target, load, folder))
+        runs.runs.append(generator.run(target, load, folder).watched(place.watch))
     except MissingDependencyError:
         raise  # what was written stays for the command of the error
     except TrtKdError as error:
@@ -213,6 +231,14 @@ def _run_client(
         )
 
 
+def gpu_watch(generator: LoadGenerator) -> AbstractContextManager[GpuWatch | None]:
+    """A watch by the time of day on the GPUs that serve; None where they are another machine's."""
+    if generator.serves_here():
+        return GpuWatch(time.time)
+    logger.info("what is measured runs on another machine: its GPUs are not watched")
+    return nullcontext()
+
+
 def sweep(
     generator: LoadGenerator,
     targets: Mapping[str, Path],
@@ -249,7 +275,7 @@ def sweep(
                 start = used + repeat * size
                 rows = prompts[name][start : start + size, : load.workload.input_tokens].tolist()
                 with_rows = replace(load, prompts=rows)
-                error = _run(generator, targets[name], with_rows, place.folder, at_load[name])
+                error = _run(generator, targets[name], with_rows, place, at_load[name])
                 first |= {} if error is None or name in first else {name: error}
                 if repeat == repeats - 1 and error is None:
                     _run_client(generator, targets[name], with_rows, place.folder, at_load[name])
@@ -281,6 +307,11 @@ def load_record(runs: Runs, *, spread_limit: float) -> dict[str, Any]:
     good = [run.goodput_requests_per_s for run in runs.runs]
     known = [value for value in good if value is not None]
     found |= summarise_rates([{name: run.rates.get(name) for name in RATES} for run in runs.runs])
+    spans = [run.span_s for run in runs.runs if run.span_s is not None]
+    if len(spans) == len(runs.runs):
+        rates = [run.rates["output_tokens_per_s"] or 0.0 for run in runs.runs]
+        tokens = [rate * (end - start) for rate, (start, end) in zip(rates, spans, strict=True)]
+        found |= gpu_record([run.gpu for run in runs.runs], fmean(tokens))
     return found | {
         "goodput_requests_per_s": median(known) if known else None,
         "client_headroom": runs.client_headroom,
@@ -293,79 +324,3 @@ def _log_interval(values: Sequence[float]) -> list[float] | None:
     if min(values) <= 0:
         return None
     return [math.exp(end) for end in mean_interval([math.log(value) for value in values])]
-
-
-def require_program(name: str, hint: str) -> None:
-    """Refuse where ``name`` is no program here.
-
-    Raises:
-        MissingDependencyError: with ``hint``.
-    """
-    if shutil.which(name) is None:
-        raise MissingDependencyError(f"{name} is not installed here", hint=hint)
-
-
-def run_program(
-    argv: Sequence[str], folder: Path, timeout_s: float, env: Mapping[str, str] | None = None
-) -> str:
-    """Run a tool in ``folder`` and return what it printed.
-
-    Raises:
-        OutOfMemoryError: if it failed and says so.
-        ServerError: if it failed otherwise or took longer than ``timeout_s``.
-    """
-    log = folder / "tool.log"
-    with log.open("wb") as file:
-        try:
-            done = subprocess.run(
-                list(argv),
-                cwd=folder,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ServerError(
-                f"{argv[0]} did not end within {timeout_s:g} s",
-                hint="raise timeout_s, or ask for fewer requests or tokens",
-            ) from error
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if done.returncode:
-        told = " ".join(re.sub(r"[^ -~]+", " ", text).split())[-_TOLD_CHARACTERS:]
-        kind = OutOfMemoryError if out_of_memory(text) else ServerError
-        raise kind(
-            f"{argv[0]} ended with code {done.returncode}: {told}",
-            hint="try a smaller load where memory is short; else see what it says",
-        )
-    return text
-
-
-def numbers_at(report: Mapping[str, Any], places: Mapping[str, str], who: str) -> dict[str, float]:
-    """Numbers of a tool's report by our names; what else stands there does not matter.
-
-    Args:
-        report: as it was read.
-        places: dotted place of each number by our name.
-        who: whose report it is, with its version.
-
-    Raises:
-        ServerError: naming every place that is missing or holds no finite number.
-    """
-    found, missing = {}, []
-    for name, place in places.items():
-        value: Any = report
-        for part in place.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
-        else:
-            missing.append(place)
-    if missing:
-        raise ServerError(
-            f"the report of {who} lacks {', '.join(missing)}",
-            hint="its format changed: measure with a version that docs/benchmarking.md names",
-        )
-    return found

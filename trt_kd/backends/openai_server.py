@@ -9,9 +9,12 @@ data set and the counted requests take the rest, so no prompt is sent twice.
 import http.client
 import json
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -20,16 +23,9 @@ import yaml
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 from typing_extensions import Self
 
-from trt_kd.backends.load import (
-    SHARES,
-    Load,
-    LoadGenerator,
-    LoadRun,
-    numbers_at,
-    require_program,
-    run_program,
-)
+from trt_kd.backends.load import SHARES, Load, LoadGenerator, LoadRun
 from trt_kd.backends.null_server import NullServer
+from trt_kd.backends.programs import numbers_at, require_program, run_program
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StrictModel
 from trt_kd.errors import ConfigError, ServerError
@@ -169,6 +165,10 @@ class OpenaiServer(LoadGenerator):
             alone = self.model_copy(update={"url": server.url, "key_env": None})
             return alone.run(target, load, folder)
 
+    def serves_here(self) -> bool:
+        """See the base class: whether the address is one of this machine's."""
+        return _is_own(urlsplit(self.url).hostname or "")
+
     def limits(self) -> Mapping[str, float]:
         """See the base class."""
         return {} if self.slo is None else self.slo.model_dump(exclude_none=True)
@@ -233,6 +233,28 @@ class OpenaiServer(LoadGenerator):
             raise ServerError("the server lists no models", hint=hint) from error
 
 
+def _is_own(host: str) -> bool:
+    """Whether ``host`` is this machine: an address that a socket here can be bound to."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe, suppress(OSError):
+            probe.bind(address)
+            return True
+    return False
+
+
+def _span(report: Mapping[str, Any]) -> tuple[float, float] | None:
+    """When the requests that count began and ended; AIPerf writes this machine's local time."""
+    try:
+        start, end = (datetime.fromisoformat(report[name]) for name in ("start_time", "end_time"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return start.timestamp(), end.timestamp()
+
+
 def _phase(name: str, load: Load, requests: int) -> dict[str, Any]:
     if load.request_rate is not None:
         return {"name": name, "type": "poisson", "rate": load.request_rate, "requests": requests}
@@ -280,6 +302,7 @@ def read_report(report: Mapping[str, Any], *, requests: int, output_tokens: int 
         rates=rates,
         report=_numbers_only(report),
         goodput_requests_per_s=float(good["avg"]) if good else None,
+        span_s=_span(report),
     )
 
 

@@ -8,14 +8,15 @@ its user. Tokens that reach one request together belong to steps that end togeth
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Collection, Iterator
-from typing import ClassVar
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
 from trt_kd.backends.base import Backend, Session, rectangle
-from trt_kd.errors import ModelError
+from trt_kd.errors import MissingDependencyError, ModelError
 
 
 class Engine(Backend):
@@ -23,6 +24,10 @@ class Engine(Backend):
 
     reads: ClassVar[tuple[str, ...]] = ("checkpoint", "hf-unified")
     gives_logits: ClassVar[bool] = False
+    package: ClassVar[str]
+    """What has to be installed."""
+    found_in: ClassVar[str]
+    """Where it is, for the error of an environment that lacks it."""
 
     tensor_parallel: PositiveInt = 1
     """GPUs that share every layer."""
@@ -38,6 +43,13 @@ class Engine(Backend):
             raise ValueError(f"threads: no effect in {self.kind}, which runs on a GPU")
         return self
 
+    def check(self) -> None:
+        """See the base class."""
+        if find_spec(self.package) is None:
+            raise MissingDependencyError(
+                f"{self.package} is not installed", hint=f"run this trt-kd command {self.found_in}"
+            )
+
     def on_gpu(self) -> bool:
         """See the base class."""
         return True
@@ -46,18 +58,16 @@ class Engine(Backend):
 class StreamingSession(Session):
     """An engine that streams token ids, request by request."""
 
-    def __init__(self, name: str, vocab_size: int) -> None:
+    def __init__(self, name: str, engine: Any, vocab_size: int) -> None:
+        """Take over a running ``engine``, which has a method ``shutdown``."""
         self.vocab_size = vocab_size
         self._name = name
+        self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = asyncio.new_event_loop()
 
     @abstractmethod
     def stream(self, prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
         """Send a request that ignores end-of-text; yield how many tokens it has so far."""
-
-    @abstractmethod
-    def shut_down(self) -> None:
-        """End the engine."""
 
     def logits(self, tokens_BL: np.ndarray) -> np.ndarray:
         """Refuse: engines stream tokens.
@@ -94,7 +104,8 @@ class StreamingSession(Session):
     def close(self) -> None:
         """See the base class."""
         if self._loop is not None:
-            self.shut_down()
+            self._engine.shutdown()
+            self._engine = None
             _end(asyncio.all_tasks(self._loop), self._loop)  # the engine's own, which hand out
             self._loop.close()
             self._loop = None

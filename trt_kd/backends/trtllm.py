@@ -2,29 +2,19 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.backends.streaming import Engine, StreamingSession
-from trt_kd.errors import MissingDependencyError
-
-PACKAGE = "tensorrt_llm"
 
 
 class Trtllm(Engine):
     """TensorRT-LLM's LLM API on an NVIDIA GPU, bfloat16 or the format of the export."""
 
+    package: ClassVar[str] = "tensorrt_llm"
+    found_in: ClassVar[str] = "in the image of containers/trtllm.Dockerfile"
+
     kind: Literal["trtllm"] = "trtllm"
-
-    def check(self) -> None:
-        """See the base class."""
-        from importlib.util import find_spec
-
-        if find_spec(PACKAGE) is None:
-            raise MissingDependencyError(
-                "tensorrt_llm is not installed",
-                hint="run this trt-kd command in the image of containers/trtllm.Dockerfile",
-            )
 
     def load(self, directory: Path) -> "TrtllmSession":
         """See the base class."""
@@ -42,15 +32,11 @@ class Trtllm(Engine):
             ),
             **limits,
         )
-        return TrtllmSession(engine, read_shape(directory).vocab)
+        return TrtllmSession(self.kind, engine, read_shape(directory).vocab)
 
 
 class TrtllmSession(StreamingSession):
     """A running LLM of the LLM API."""
-
-    def __init__(self, engine: Any, vocab_size: int) -> None:
-        super().__init__("trtllm", vocab_size)
-        self._engine: Any = engine
 
     async def stream(self, prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
         """See the base class."""
@@ -65,8 +51,3 @@ class TrtllmSession(StreamingSession):
         answer = self._engine.generate_async(prompt, sampling, streaming=True)
         async for output in answer:
             yield len(output.outputs[0].token_ids)  # all so far, not the new ones alone
-
-    def shut_down(self) -> None:
-        """See the base class."""
-        self._engine.shutdown()
-        self._engine = None

@@ -7,21 +7,15 @@ N - 1, which is right without speculation, where its first content is one token.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, PositiveInt
 
-from trt_kd.backends.load import (
-    SHARES,
-    Load,
-    LoadGenerator,
-    LoadRun,
-    numbers_at,
-    require_program,
-    run_program,
-)
+from trt_kd.backends.load import SHARES, Load, LoadGenerator, LoadRun
+from trt_kd.backends.programs import numbers_at, require_program, run_program
 from trt_kd.backends.trtllm_container import docker_command
 from trt_kd.checkpoints import read_json
 from trt_kd.errors import ConfigError, ServerError
@@ -34,6 +28,7 @@ _PLACES = {
     "total_tokens_per_s": f"{_SPEED}.system_total_throughput_tok_s",
     "requests_per_s": f"{_SPEED}.request_throughput_req_s",
     "tokens_per_s_per_user": f"{_STREAMING}.gen_tps_percentiles.p50",
+    "total_latency_ms": f"{_SPEED}.total_latency_ms",
     "requests": "request_info.num_requests",
     "output_length": "request_info.avg_output_length",
 }
@@ -106,7 +101,12 @@ class TrtllmBench(LoadGenerator):
             raise ServerError(
                 f"trtllm-bench left no readable report: {error}", hint="run it by hand to see why"
             ) from error
-        return read_report(report, requests=len(rows), output_tokens=load.workload.output_tokens)
+        count = load.workload.output_tokens
+        found = read_report(report, requests=len(rows), output_tokens=count)
+        end_s = (folder / REPORT).stat().st_mtime
+        return replace(
+            found, span_s=(end_s - found.report[_SPEED]["total_latency_ms"] / 1e3, end_s)
+        )
 
     def command(self, target: Path, load: Load, folder: Path) -> list[str]:
         """Argument list, valid for 1.2.1 and, but for engines, for 1.3."""

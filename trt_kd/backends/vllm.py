@@ -3,29 +3,19 @@
 from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.backends.streaming import Engine, StreamingSession
-from trt_kd.errors import MissingDependencyError
-
-PACKAGE = "vllm"
 
 
 class Vllm(Engine):
     """vLLM's AsyncLLM on an NVIDIA GPU, bfloat16 or the format of the export."""
 
+    package: ClassVar[str] = "vllm"
+    found_in: ClassVar[str] = "where it is, such as the image vllm/vllm-openai"
+
     kind: Literal["vllm"] = "vllm"
-
-    def check(self) -> None:
-        """See the base class."""
-        from importlib.util import find_spec
-
-        if find_spec(PACKAGE) is None:
-            raise MissingDependencyError(
-                "vllm is not installed",
-                hint="run this trt-kd command where it is, such as the image vllm/vllm-openai",
-            )
 
     def load(self, directory: Path) -> "VllmSession":
         """See the base class."""
@@ -41,15 +31,15 @@ class Vllm(Engine):
             max_model_len=self.context_tokens,
             enable_prefix_caching=False,
         )
-        return VllmSession(AsyncLLM.from_engine_args(arguments), read_shape(directory).vocab)
+        engine = AsyncLLM.from_engine_args(arguments)
+        return VllmSession(self.kind, engine, read_shape(directory).vocab)
 
 
 class VllmSession(StreamingSession):
     """A running vLLM engine."""
 
-    def __init__(self, engine: Any, vocab_size: int) -> None:
-        super().__init__(PACKAGE, vocab_size)
-        self._engine: Any = engine
+    def __init__(self, name: str, engine: Any, vocab_size: int) -> None:
+        super().__init__(name, engine, vocab_size)
         self._numbers = count()
 
     async def stream(self, prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
@@ -70,8 +60,3 @@ class VllmSession(StreamingSession):
         async for output in self._engine.generate(request, sampling, request_id=name):
             tokens += len(output.outputs[0].token_ids)
             yield tokens
-
-    def shut_down(self) -> None:
-        """See the base class."""
-        self._engine.shutdown()
-        self._engine = None

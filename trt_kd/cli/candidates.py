@@ -90,12 +90,19 @@ def _dry_run_in_time(
         else:
             print(f"{table(corner_rows(found))}\n\nit fits unpruned: there is nothing to prune for")
         return
-    budget = config.budget.timed_by(stopwatch(limit, timed, lane)).deployed(config.target)
+    watch = stopwatch(limit, timed, lane)
+    budget = config.budget.timed_by(watch).deployed(config.target)
     candidates = possible(config.axes, shape, budget, config.target)
     if as_json:
-        print_json(candidates_json(candidates, shape, budget, config.target) | {"corners": rows})
+        stated = {"lengths": watch.lengths._asdict(), "prediction_errors": watch.errors()}
+        told = candidates_json(candidates, shape, budget, config.target)
+        print_json(told | {"corners": rows} | stated)
         return
-    print(table(corner_rows(found)) + "\n")
+    errors = ", ".join(f"{metric} {share:.1%}" for metric, share in watch.errors().items())
+    print(f"{table(corner_rows(found))}\n")
+    print(
+        f"batch size {limit.batch}, {watch.lengths} tokens; predictions off by {errors} (median)\n"
+    )
     print_candidates(candidates, shape, budget, config.target)
 
 

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import PositiveFloat, PositiveInt, ValidationError
+from pydantic import PositiveFloat, PositiveInt, ValidationError, ValidationInfo, model_validator
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
@@ -17,16 +17,74 @@ from trt_kd.latency.operators import METRICS, Metric
 FILE = "latency.json"
 
 
+class Lengths(NamedTuple):
+    """Tokens of every sequence."""
+
+    input_tokens: int
+    """Prompt (ISL)."""
+    output_tokens: int
+    """Decoded (OSL)."""
+
+    def __str__(self) -> str:
+        """``128 + 32``."""
+        return f"{self.input_tokens} + {self.output_tokens}"
+
+
+def chosen_lengths(
+    measured: Sequence[Lengths], input_tokens: int | None, output_tokens: int | None
+) -> Lengths:
+    """The one pair of ``measured`` with the lengths that are given.
+
+    Raises:
+        ConfigError: if there is none, or more than one.
+    """
+    wanted = (input_tokens, output_tokens)
+    found = [
+        each
+        for each in measured
+        if all(asked in (None, has) for asked, has in zip(wanted, each, strict=True))
+    ]
+    if len(found) == 1:
+        return found[0]
+    told = ", ".join(map(str, measured))
+    if not found:
+        asked = " + ".join("any" if length is None else str(length) for length in wanted)
+        raise ConfigError(
+            f"{asked} tokens are not in the latency table; it has {told}",
+            hint="name a pair of those as budget.latency.input_tokens and output_tokens, or make "
+            "the table anew",
+        )
+    raise ConfigError(
+        f"the latency table has {len(measured)} pairs of lengths: {told} tokens",
+        hint="name one as budget.latency.input_tokens and output_tokens",
+    )
+
+
 class Cell(StrictModel):
-    """One measured model at one batch size."""
+    """One measured model at one batch size and pair of lengths."""
 
     batch_size: PositiveInt
+    input_tokens: PositiveInt
+    """Prompt tokens of every sequence (ISL)."""
+    output_tokens: PositiveInt
+    """Tokens decoded for every sequence (OSL)."""
     ttft_ms: dict[str, PositiveFloat]
     """Time to first token by percentile, ``p50``, ``p90`` and ``p99``."""
     itl_ms: dict[str, PositiveFloat] | None
     """Inter-token latency by percentile; null with one output token."""
     spread: float
     """Half range of the runs' throughput over its median."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, given: object, info: ValidationInfo) -> object:
+        """Add the lengths that a table of version 1 gives all of its cells, as the context."""
+        return {**info.context, **given} if info.context and isinstance(given, dict) else given
+
+    @property
+    def lengths(self) -> Lengths:
+        """Both of them."""
+        return Lengths(self.input_tokens, self.output_tokens)
 
 
 class Row(StrictModel):
@@ -35,7 +93,7 @@ class Row(StrictModel):
     sizes: dict[str, int]
     """Sizes that differ from the unpruned model's, by field of ``ModelShape``."""
     cells: list[Cell]
-    """By batch size."""
+    """By lengths and batch size."""
 
 
 class Lane(StrictModel):
@@ -54,15 +112,11 @@ class Lane(StrictModel):
 class LatencyTable(StrictModel):
     """The file ``latency.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     hardware: dict[str, Any]
     """Machine and versions."""
     source: dict[str, Any]
     """Sizes of the unpruned model, as ``ModelShape`` has them."""
-    input_tokens: PositiveInt
-    """Prompt tokens of every sequence (ISL)."""
-    output_tokens: PositiveInt
-    """Tokens decoded for every sequence (OSL)."""
     lanes: dict[str, Lane]
     """By the name that the recipe gives the lane."""
 
@@ -71,19 +125,29 @@ class LatencyTable(StrictModel):
         """The unpruned model's shape."""
         return ModelShape(**self.source)
 
-    def model(self, lane: str, percentile: int = 50) -> LatencyModel:
-        """The latency model of a lane.
+    @cached_property
+    def lengths(self) -> list[Lengths]:
+        """Every pair that was measured."""
+        rows = [row for lane in self.lanes.values() for row in lane.rows]
+        return list(dict.fromkeys(cell.lengths for row in rows for cell in row.cells))
+
+    def model(
+        self, lane: str, percentile: int = 50, *, lengths: Lengths | None = None
+    ) -> LatencyModel:
+        """The latency model of a lane at a pair of lengths, which may be left out if it is alone.
 
         Raises:
-            ConfigError: if the table has no such lane.
+            ConfigError: if the table has no such lane or lengths.
         """
         if lane not in self.lanes:
             raise ConfigError(
                 f"the latency table has no lane {lane!r}",
                 hint=f"available: {', '.join(self.lanes)}",
             )
-        timed = [_timed(self.shape, row, f"p{percentile}") for row in self.lanes[lane].rows]
-        return LatencyModel(lane, timed, input_tokens=self.input_tokens)
+        lengths = chosen_lengths(self.lengths, *(lengths or (None, None)))
+        rows = self.lanes[lane].rows
+        timed = [_timed(self.shape, row, f"p{percentile}", lengths) for row in rows]
+        return LatencyModel(lane, timed, input_tokens=lengths.input_tokens)
 
     def save(self, folder: Path) -> None:
         """Write the file into ``folder``."""
@@ -92,14 +156,15 @@ class LatencyTable(StrictModel):
 
 
 def read_table(folder: Path) -> LatencyTable:
-    """Read what the latency stage wrote.
+    """Read what the latency stage wrote, also before tables had several pairs of lengths.
 
     Raises:
         ArtifactError: if it is missing or damaged.
     """
     path = folder / FILE
+    anew = "make it anew with trt-kd latency-table"
     try:
-        return LatencyTable.model_validate_json(path.read_text(encoding="utf-8"))
+        return _table_of(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}", hint="make it with trt-kd latency-table"
@@ -108,9 +173,18 @@ def read_table(folder: Path) -> LatencyTable:
         reason = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in reason["loc"])
         raise ArtifactError(
-            f"{path} is no latency table: {place}: {reason['msg']}",
-            hint="make it anew with trt-kd latency-table",
+            f"{path} is no latency table: {place}: {reason['msg']}", hint=anew
         ) from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no latency table: {error}", hint=anew) from error
+
+
+def _table_of(content: Any) -> LatencyTable:
+    """Version 1 has one pair of lengths, beside the lanes."""
+    if not isinstance(content, dict) or content.get("schema_version") != 1:
+        return LatencyTable.model_validate(content)
+    lengths = {name: content.pop(name, None) for name in Lengths._fields}
+    return LatencyTable.model_validate(content | {"schema_version": 2}, context=lengths)
 
 
 def drift_corrected(
@@ -162,9 +236,9 @@ def _scaled(cell: Cell, reference: Cell, here: Cell) -> Cell:
     return cell.model_copy(update=update)
 
 
-def _timed(source: ModelShape, row: Row, percentile: str) -> Timed:
+def _timed(source: ModelShape, row: Row, percentile: str, lengths: Lengths) -> Timed:
     ms: dict[tuple[Metric, int], float] = {}
-    for cell in row.cells:
+    for cell in (each for each in row.cells if each.lengths == lengths):
         ms["ttft_ms", cell.batch_size] = cell.ttft_ms[percentile]
         if cell.itl_ms is not None:
             ms["itl_ms", cell.batch_size] = cell.itl_ms[percentile]

@@ -189,8 +189,8 @@ def energy_j(power: Sequence[tuple[float, float]], start_s: float, end_s: float)
     return sum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in pairwise(points))
 
 
-def gpu_record(runs: Sequence[dict[str, Any] | None], tokens: int) -> dict[str, Any]:
-    """Numbers of a record from ``gpu_use`` of its runs, which made ``tokens`` tokens each.
+def gpu_record(runs: Sequence[dict[str, Any] | None], tokens: float) -> dict[str, Any]:
+    """Numbers of a record from ``gpu_use`` of its runs, which made ``tokens`` tokens on average.
 
     Empty where the GPUs were not watched; a number that one run lacks is absent.
     """

@@ -16,9 +16,11 @@ from trt_kd.config import (
     validate,
 )
 from trt_kd.data.base import DataConfig
+from trt_kd.errors import ConfigError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
 from trt_kd.pipeline.correction import Correction
+from trt_kd.pruning.latency_limit import LatencyLimit
 from trt_kd.reporting.gates import Gate
 from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.distill import DistillConfig
@@ -115,14 +117,18 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _times_are_used(self) -> Self:
-        timed = any(cut.is_timed for cut in [*self.assistants, self.prune])
-        if timed and self.latency is None:
+        budgets = [cut.budget for cut in [*self.assistants, self.prune]]
+        limits = [each.latency for each in budgets if each is not None and each.latency is not None]
+        if limits and self.latency is None:
             raise ValueError(
                 "prune.budget.latency needs measured times: add a section latency with the lanes, "
                 "such as {lanes: {int4: ort-genai}}"
             )
-        if self.latency is not None and not timed:
+        if self.latency is not None and not limits:
             raise ValueError("latency has no effect: no budget limits time; leave it out")
+        if self.latency is not None:
+            for limit in limits:
+                _check_lengths(limit, self.latency)
         return self
 
     @model_validator(mode="after")
@@ -140,6 +146,14 @@ class Recipe(StrictModel):
     def rehearsal(self) -> "Recipe":
         """The same recipe with the least work that passes through every line."""
         return _rehearsed(self)
+
+
+def _check_lengths(limit: LatencyLimit, timing: Timing) -> None:
+    """Raise a ValueError if ``timing`` does not measure what ``limit`` means."""
+    try:
+        limit.lengths(timing.pairs)
+    except ConfigError as error:
+        raise ValueError(f"{error.args[0]}: {error.hint}") from error
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -86,20 +86,14 @@ class Budget(StrictModel):
 
     @model_validator(mode="after")
     def _limits_something(self) -> Self:
-        if self.latency is None and not self._counts():
+        if self.latency is None and not self.counts:
             raise ValueError("give at least one of params, active_params, memory_mb and latency")
         return self
 
-    def _counts(self) -> bool:
+    @property
+    def counts(self) -> bool:
         """Whether it limits what can be counted without a measurement."""
         return any(each is not None for each in (self.params, self.active_params, self.memory_mb))
-
-    def countable(self, stand_in: float) -> Self:
-        """The same limits without those on time; of nothing else, a share of the parameters."""
-        if self.latency is None:
-            return self
-        update: dict[str, Any] = {"latency": None}
-        return self.model_copy(update=update if self._counts() else update | {"params": stand_in})
 
     def timed_by(self, stopwatch: Stopwatch) -> Self:
         """The same limits with the means to hold models against those on time."""

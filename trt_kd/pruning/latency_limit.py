@@ -1,6 +1,6 @@
 """What a pruned model may take on the runtime that ships: milliseconds, or a share of before."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ from trt_kd.architectures.shape import ModelShape
 from trt_kd.config import StrictModel
 from trt_kd.latency.model import LatencyModel
 from trt_kd.latency.operators import Metric
-from trt_kd.latency.table import LatencyTable
+from trt_kd.latency.table import LatencyTable, Lengths, chosen_lengths
 
 TOKEN_MS = "token_ms"
 """Milliseconds of the whole batch per output token: a thousand over the tokens per second."""
@@ -47,6 +47,10 @@ class LatencyLimit(StrictModel):
     percentage above 100 of the unpruned model's."""
     batch: PositiveInt = 1
     """Sequences decoded together."""
+    input_tokens: PositiveInt | None = None
+    """Prompt tokens of every sequence (ISL) in the latency table; null where no choice is left."""
+    output_tokens: PositiveInt | None = None
+    """Tokens decoded for every sequence (OSL), the same way."""
     percentile: Literal[50, 90, 99] = 50
     """Percentile of both latencies."""
     lane: str | None = None
@@ -62,6 +66,14 @@ class LatencyLimit(StrictModel):
             raise ValueError("tokens_per_s: a percentage of the unpruned model's lies above 100%")
         return self
 
+    def lengths(self, measured: Sequence[Lengths]) -> Lengths:
+        """Those of ``measured`` that are meant.
+
+        Raises:
+            ConfigError: if they cannot be told, or were not measured.
+        """
+        return chosen_lengths(measured, self.input_tokens, self.output_tokens)
+
 
 def share_of(limit: float | str | None, default: Any = None) -> Any:
     """A percentage as a share; ``default`` for a plain number or none."""
@@ -74,7 +86,8 @@ class Stopwatch:
 
     limit: LatencyLimit
     model: LatencyModel
-    output_tokens: int
+    lengths: Lengths
+    """Those that the limit means."""
     slower: Mapping[str, float] = field(default_factory=dict)
     """By the name of a limit, how many times more than predicted the runtime turned out to take."""
 
@@ -111,7 +124,7 @@ class Stopwatch:
         return [metric for metric, given in metrics if both or given is not None]
 
     def _named(self, ms: dict[Metric, Any]) -> dict[str, Any]:
-        return costs(self.limit, ms, self.output_tokens)
+        return costs(self.limit, ms, self.lengths.output_tokens)
 
 
 def costs(limit: LatencyLimit, ms: dict[Metric, Any], output_tokens: int) -> dict[str, Any]:
@@ -146,9 +159,10 @@ def stopwatch(limit: LatencyLimit, table: LatencyTable, lane: str) -> Stopwatch:
     """Hold ``limit`` against the lane ``lane`` of ``table``.
 
     Raises:
-        ConfigError: if the table has no such lane.
+        ConfigError: if the table has no such lane, or not one pair of the lengths that are meant.
         ModelError: if its batch sizes do not reach the limit's.
     """
-    made = Stopwatch(limit, table.model(lane, limit.percentile), table.output_tokens)
+    lengths = limit.lengths(table.lengths)
+    made = Stopwatch(limit, table.model(lane, limit.percentile, lengths=lengths), lengths)
     made.before()
     return made

@@ -17,8 +17,11 @@ from trt_kd.reporting.formatting import (
 from trt_kd.reporting.model import GateResult, Report, Role, Variant
 from trt_kd.reporting.readings import client_text, load_text, matching, mean_accuracy
 from trt_kd.reporting.speed_figures import slo_text
-from trt_kd.reporting.speed_model import LoadRecord, Percentiles, SpeedRecord
+from trt_kd.reporting.speed_model import LoadRecord, Percentiles, WatchedRecord
 from trt_kd.reporting.tables import Cell, Row, Table, scaled
+
+GPU = ("GPU memory", "Power (W)", "Energy (J/token)", "Throttled")
+"""Columns of what GPUs told, where one was watched."""
 
 
 def workloads(report: Report) -> Table:
@@ -36,7 +39,7 @@ def workloads(report: Report) -> Table:
         "Floor / ITL p50 (%)",
         "Throughput (tok/s)",
         "Peak memory",
-        *(["GPU memory", "Power (W)", "Energy (J/token)", "Throttled"] if on_gpu else []),
+        *(GPU if on_gpu else []),
     ]
     base = report.variants[0]
     rows = []
@@ -69,7 +72,7 @@ def workloads(report: Report) -> Table:
     return Table("Variant", titles, rows)
 
 
-def _gpu_cells(record: SpeedRecord) -> list[Cell]:
+def _gpu_cells(record: WatchedRecord) -> list[Cell]:
     memory, reasons = record.gpu_memory_bytes, record.gpu_throttled
     told = ", ".join(f"{name} {fixed(100 * share, 0)} %" for name, share in (reasons or {}).items())
     return [
@@ -93,23 +96,27 @@ def loads(report: Report) -> Table:
         "Goodput (requests/s)",
         "Good (%)",
     ]
+    every = [record for variant in report.variants for record in variant.load]
+    on_gpu = any(record.gpu_power_w is not None for record in every)
+    titles += GPU if on_gpu else ()
     rows = []
     for variant in report.variants:
         for record in variant.load:
             notes = ["not steady" if record.steady is False else "", client_text(record)]
             label = "; ".join(filter(None, [f"{record.backend} {record.format}", *notes]))
-            rows.append(
-                Row(variant.name, _load_cells(record), variant is report.variants[0], label)
-            )
+            cells = _load_cells(record) + (_gpu_cells(record) if on_gpu else [])
+            rows.append(Row(variant.name, cells, variant is report.variants[0], label))
     limits = {slo_text(record.slo) for v in report.variants for record in v.load if record.slo}
     said = f"Good: a request with {' or '.join(sorted(limits))}. " if limits else ""
-    return Table("Variant", titles, rows, f"{said}{LOADS}")
+    away = any(record.served_here is False for record in every)
+    return Table("Variant", titles, rows, f"{said}{LOADS}{ELSEWHERE if away else ''}")
 
 
 LOADS = (
     "Percentiles over the requests of a run, medians over runs. Throughput: median over runs, "
     "± half range. Per user: generation only."
 )
+ELSEWHERE = " A server on another machine: its GPUs were not watched."
 
 
 def _load_cells(record: LoadRecord) -> list[Cell]:

@@ -29,12 +29,21 @@ def corners(search: SizeSearch) -> Table:
     limits = ", ".join(
         f"{NAMES[name]} at most {significant(ms)}" for name, ms in search.latency.limits.items()
     )
+    asked = search.latency.limit
+    lengths = ""
+    if asked.get("input_tokens") is not None:
+        lengths = f", {asked['input_tokens']} + {asked['output_tokens']} tokens"
+    errors = ", ".join(
+        f"{NAMES[metric].partition(' ')[0]} {share:.1%}"
+        for metric, share in search.latency.prediction_errors.items()
+    )
     return Table(
         "Lane",
         ["Sizes", *(NAMES[name] for name in names), "Divergence (nats)", "Fits"],
         rows,
-        f"Batch size {search.latency.limit['batch']}; {limits}. Times of the unpruned model are "
-        "measured, the others predicted; divergence adds up what format and cut cost.",
+        f"Batch size {asked['batch']}{lengths}; {limits}. Times of the unpruned model are "
+        f"measured, the others predicted (median error: {errors}); divergence adds up what format "
+        "and cut cost.",
     )
 
 

@@ -47,19 +47,20 @@ def read_timed(benchmark: Artifact | None) -> Timed:
 def timed(content: Mapping[str, Any]) -> Timed:
     """What the content of a ``benchmark.json`` says."""
     loaded = content.get("load")
-    slo = None if loaded is None else loaded["slo"]
     variants: Mapping[str, list[Raw]] = content["variants"]
     at_rates: Mapping[str, list[Raw]] = content.get("request_rates", {})
     every = {name: [*records, *at_rates.get(name, [])] for name, records in variants.items()}
     return Timed(
         speed={
-            name: [_speed_record(record, under_load=slo is not None) for record in _good(records)]
+            name: [
+                _speed_record(record, under_load=loaded is not None) for record in _good(records)
+            ]
             for name, records in variants.items()
         },
         load={
-            name: [_load_record(record, slo) for record in _good(records)]
+            name: [_load_record(record, loaded) for record in _good(records)]
             for name, records in every.items()
-            if slo is not None
+            if loaded is not None
         },
         failures=[
             f"{name} at {_workload(record)} was not timed: {record['error']}."
@@ -92,7 +93,8 @@ def _speed_record(record: Raw, *, under_load: bool) -> SpeedRecord:
     return validate(SpeedRecord, fields, where="benchmark.json")
 
 
-def _load_record(record: Raw, slo: Mapping[str, float]) -> LoadRecord:
+def _load_record(record: Raw, loaded: Mapping[str, Any]) -> LoadRecord:
     fields = {name: record.get(name) for name in LoadRecord.model_fields}
-    fields |= {"concurrency": record.get("batch_size"), "slo": dict(slo)}
+    fields |= {"concurrency": record.get("batch_size"), "slo": dict(loaded["slo"])}
+    fields |= {"served_here": loaded.get("served_here")}
     return validate(LoadRecord, fields, where="benchmark.json")

@@ -16,7 +16,24 @@ class Percentiles(Record):
     """99th percentile."""
 
 
-class SpeedRecord(Record):
+class WatchedRecord(Record):
+    """What the GPUs told while something was measured; null where none was watched."""
+
+    energy_j_per_token: float | None = None
+    """Energy of the GPUs per generated token, prefill included; null where no GPU tells power."""
+    gpu_power_w: float | None = None
+    """Mean power of the GPUs together while it ran."""
+    gpu_clock_mhz: float | None = None
+    """Median clock of the multiprocessors while it ran."""
+    gpu_temperature_c: float | None = None
+    """Highest temperature of a GPU while it ran."""
+    gpu_memory_bytes: int | None = None
+    """Most memory in use on the GPUs together while it ran, of whatever process."""
+    gpu_throttled: dict[str, float] | None = None
+    """Share of the time by reason that the GPUs were throttled; null where they do not tell."""
+
+
+class SpeedRecord(WatchedRecord):
     """One workload on one backend."""
 
     backend: str
@@ -43,18 +60,6 @@ class SpeedRecord(Record):
     """Half the range of output_tokens_per_s over the repeats, as a share of the median."""
     peak_memory_bytes: int | None = None
     """Largest resident memory of the process that ran it."""
-    energy_j_per_token: float | None = None
-    """Energy of the GPUs per generated token, prefill included; null where no GPU tells power."""
-    gpu_power_w: float | None = None
-    """Mean power of the GPUs together while it ran."""
-    gpu_clock_mhz: float | None = None
-    """Median clock of the multiprocessors while it ran."""
-    gpu_temperature_c: float | None = None
-    """Highest temperature of a GPU while it ran."""
-    gpu_memory_bytes: int | None = None
-    """Most memory in use on the GPUs together while it ran, of whatever process."""
-    gpu_throttled: dict[str, float] | None = None
-    """Share of the time by reason that the GPUs were throttled; null where they do not tell."""
     prefill_floor_ms: float | None = None
     """Least time of reading the prompts on this machine, from its measured peaks (roofline)."""
     prefill_bound: Literal["weights", "cache", "compute"] | None = None
@@ -71,7 +76,7 @@ class SpeedRecord(Record):
     """How many times this rate the load generator reaches without a model; null if not known."""
 
 
-class LoadRecord(Record):
+class LoadRecord(WatchedRecord):
     """One load on one server or engine, as a load generator measured it."""
 
     backend: str
@@ -110,3 +115,5 @@ class LoadRecord(Record):
     """False where the runs drifted too far apart to be judged."""
     client_headroom: float | None = None
     """How many times this rate the load generator reaches without a model; null if not known."""
+    served_here: bool | None = None
+    """False where the server was on another machine, whose GPUs were not watched."""

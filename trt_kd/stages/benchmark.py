@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -32,7 +33,15 @@ from trt_kd.backends import BACKENDS, LOAD_GENERATORS
 from trt_kd.backends.base import Backend, lane_of
 from trt_kd.backends.choosing import choose
 from trt_kd.backends.interleaved import Samples, interleave, record, sample_lines
-from trt_kd.backends.load import LoadGenerator, Runs, Workplace, load_record, rows_needed, sweep
+from trt_kd.backends.load import (
+    LoadGenerator,
+    Runs,
+    Workplace,
+    gpu_watch,
+    load_record,
+    rows_needed,
+    sweep,
+)
 from trt_kd.backends.worker import Worker
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig, build_plugin, plugin_field
@@ -57,7 +66,24 @@ Records = dict[str, list[dict[str, Any]]]
 """One record per workload, by variant."""
 
 
-Lengths = PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+def several(lengths: int | tuple[int, ...]) -> tuple[int, ...]:
+    """All of ``lengths``, one or more."""
+    return (lengths,) if isinstance(lengths, int) else lengths
+
+
+def _stand_once(sizes: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    if len(set(several(sizes))) < len(several(sizes)):
+        raise ValueError(f"one of {', '.join(map(str, several(sizes)))} stands twice")
+    return sizes
+
+
+BatchSizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_stand_once)]
+"""One or more, each once."""
+Sweep = Annotated[
+    PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)],
+    AfterValidator(_stand_once),
+]
+"""One length, or several, each once."""
 
 
 class BenchmarkConfig(StageConfig):
@@ -67,11 +93,11 @@ class BenchmarkConfig(StageConfig):
 
     data: DataConfig = DataConfig()
     """Text whose held-out split the prompts are cut from; its ``block_tokens`` has no say here."""
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4, 8)
+    batch_sizes: BatchSizes = (1, 4, 8)
     """Sequences decoded together; measured from the first to the last."""
-    input_tokens: Lengths = 128
+    input_tokens: Sweep = 128
     """Prompt tokens of every sequence (ISL); a list is a sweep."""
-    output_tokens: Lengths = 32
+    output_tokens: Sweep = 32
     """Tokens decoded for every sequence (OSL), end-of-text ignored; a list is a sweep."""
     warmup: NonNegativeInt = 6
     """Most rounds before a batch size counts; fewer once the last three agree, variant by variant.
@@ -107,13 +133,6 @@ class BenchmarkConfig(StageConfig):
             warmup=self.warmup,
         )
 
-    @field_validator("batch_sizes", "input_tokens", "output_tokens")
-    @classmethod
-    def _stand_once(cls, sizes: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if len(set(several(sizes))) < len(several(sizes)):
-            raise ValueError(f"one of {', '.join(map(str, several(sizes)))} stands twice")
-        return sizes
-
     @field_validator("load_generator", mode="before")
     @classmethod
     def _is_registered(cls, value: object) -> object:
@@ -142,11 +161,6 @@ class BenchmarkConfig(StageConfig):
         if self.load_generator is None:
             few["warmup"] = 0
         return self.model_copy(update={"batch_sizes": self.batch_sizes[:1], **few})
-
-
-def several(lengths: int | tuple[int, ...]) -> tuple[int, ...]:
-    """All of ``lengths``, one or more."""
-    return (lengths,) if isinstance(lengths, int) else lengths
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,7 @@ def measured(
         if config.load_generator is not None:
             tool = config.load_generator
             result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
+            result["load"]["served_here"] = tool.serves_here()
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
@@ -301,12 +316,13 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
     prompts = _prompts(config, folders, rows_needed(tool, loads, config.repeats))
     found: dict[str, list[Runs]] = {}
     folder = out.absolute().with_name(f"{out.name}.requests")
-    place = Workplace(folder, _finished(config, variants, out))
-    seconds = measure_call(
-        lambda: found.update(
-            sweep(tool, targets, prompts, loads, repeats=config.repeats, place=place)
+    with gpu_watch(tool) as watch:
+        place = Workplace(folder, _finished(config, variants, out), watch)
+        seconds = measure_call(
+            lambda: found.update(
+                sweep(tool, targets, prompts, loads, repeats=config.repeats, place=place)
+            )
         )
-    )
     records: Records = {name: [] for name in variants}
     at_rates: Records = {name: [] for name in variants}
     lines = []
@@ -325,8 +341,11 @@ def _loaded(config: BenchmarkConfig, variants: Mapping[str, Artifact], out: Path
                 | load.workload.model_dump()
                 | {"request_rate": load.request_rate, "repeat": repeat}
                 | {"times": run.times, "rates": run.rates, "report": run.report}
+                | ({} if run.gpu is None else {"gpu": run.gpu})
                 for repeat, run in enumerate(runs.runs)
             ]
+    mark_unequal_throttling(list(records.values()))
+    mark_unequal_throttling(list(at_rates.values()))
     return Measured(
         records=records,
         raw={"reports.jsonl": lines},

@@ -19,7 +19,7 @@ from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
 from trt_kd.pruning.budget import Budget
-from trt_kd.pruning.candidates import possible
+from trt_kd.pruning.candidates import Candidate, possible
 from trt_kd.pruning.halving import compared, order, rank_agreement
 from trt_kd.pruning.search import Ranked, Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import read_points
@@ -110,17 +110,19 @@ def choose(trial: Trial, out: Path) -> dict[str, Any]:
     budget, bench = config.budget, None
     if trial.latency is not None:
         bench = bench_of(config, trial.latency, trial.origin, trial.work, points=points)
-        budget = bench.budget
+        budget = bench.corrected()
+
+    def fitting(within: Budget) -> list[Candidate]:
+        return possible(config.axes, trial.shape, within, config.target, slack=search.slack)
 
     def rank(within: Budget) -> list[Ranked]:
-        found = possible(config.axes, trial.shape, within, config.target, slack=search.slack)
-        return ranked(found, points, axes, search)
+        return ranked(fitting(within), points, axes, search)
 
-    candidates = possible(config.axes, trial.shape, budget, config.target, slack=search.slack)
+    candidates = fitting(budget)
     everything = ranked(candidates, points, axes, search)
     shortlist = everything[: search.top_k]
     if bench is not None:
-        shortlist = bench.confirm(rank, search.top_k)
+        shortlist = bench.confirm(everything, rank, search.top_k)
     names = {name_of(one.candidate.shape, axes): one for one in shortlist}
     measured: Divergences = {}
     metrics: dict[str, dict[str, Any]] = {}

@@ -28,7 +28,7 @@ from trt_kd.pruning.sizes import settled
 from trt_kd.registry import Registry
 from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.latency import LatencyConfig
-from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of, untested_export
+from trt_kd.stages.twins import CELLS, SOURCE, Stand, untested_export
 
 if TYPE_CHECKING:
     from trt_kd.stages.prune import PruneConfig
@@ -127,10 +127,10 @@ def chosen_lane(found: Sequence[Corner]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """What candidates are timed with: the table's own settings, at the limit's batch size."""
+    """What candidates are timed with: the table's own settings, at the limit's workload."""
 
     budget: Budget
-    """Held against by ``watch``."""
+    """All limits; see ``corrected``."""
     watch: Stopwatch
     """The limits on time and the predictions of the table."""
     lane: Exporter
@@ -146,23 +146,24 @@ class Bench:
         """The limits on time."""
         return self.watch.limit
 
-    def confirm(self, rank: Callable[[Budget], Sequence[Ranked]], count: int) -> list[Ranked]:
+    def confirm(
+        self, found: Sequence[Ranked], rank: Callable[[Budget], Sequence[Ranked]], count: int
+    ) -> list[Ranked]:
         """The first ``count`` candidates that keep the limits when measured, best first.
 
-        ``rank`` lists what a budget takes. It is asked again after every round, with predictions
-        corrected by what was measured.
+        ``found`` is what ``rank`` lists as taken by ``corrected()``. Where some of it miss the
+        limits it is asked again, with predictions corrected by what was measured.
 
         Raises:
             ModelError: if nothing keeps the limits.
         """
         kept: list[Ranked] = []
         for number in range(ROUNDS):
-            try:
-                found = rank(self._corrected())
-            except ModelError:
-                if not self.tried:
-                    raise
-                break
+            if number > 0:
+                try:
+                    found = rank(self.corrected())
+                except ModelError:
+                    break
             known = {row["name"] for row in self.tried}
             fresh = [one for one in found if self.name(one.candidate) not in known]
             batch = fresh[: count - len(kept)]
@@ -170,6 +171,8 @@ class Bench:
                 break
             verdicts = self._round(number, [one.candidate for one in batch])
             kept += [one for one in batch if verdicts[self.name(one.candidate)]]
+            if len(kept) == count:
+                break
         if not kept:
             raise self._nothing()
         return sorted(kept, key=lambda one: one.predicted_nats)
@@ -180,7 +183,7 @@ class Bench:
         return {
             "lane": watch.lane,
             "corners": [asdict(corner) for corner in self.corners],
-            "limit": self.limit.model_dump(mode="json"),
+            "limit": self.limit.model_dump(mode="json") | watch.lengths._asdict(),
             "limits": watch.limits(),
             "before": watch.before(),
             "prediction_errors": watch.errors(),
@@ -191,8 +194,8 @@ class Bench:
         """Its sizes."""
         return name_of(candidate.shape, open_axes(self.axes))
 
-    def _corrected(self) -> Budget:
-        """The budget with predictions as far off as the median candidate's was."""
+    def corrected(self) -> Budget:
+        """The budget with predictions as far off as the median candidate's was so far."""
         return self.budget.timed_by(replace(self.watch, slower=self._slower()))
 
     def _slower(self) -> dict[str, float]:
@@ -203,13 +206,13 @@ class Bench:
     def _round(self, number: int, batch: Sequence[Candidate]) -> dict[str, bool]:
         shapes = {self.name(one): one.shape for one in batch}
 
-        def make(folder: Path) -> dict[str, Any]:
+        def make(folder: Path) -> Any:
             stand = Stand(self.lane, self.source, self._exported(), self.axes)
-            return cells_json(stand.time(shapes, self._benchmark(number), folder))
+            return CELLS.dump_python(stand.time(shapes, self._benchmark(number), folder))
 
         label = "-".join([str(number), *sorted(shapes)])
-        found = piece(self.work / "timed" / label, make)
-        cells = {name: rows[0] for name, rows in cells_of(found).items()}
+        found = CELLS.validate_python(piece(self.work / "timed" / label, make))
+        cells = {name: rows[0] for name, rows in found.items()}
         for name, shape in shapes.items():
             self.tried.append(self._judged(name, shape, cells))
         return {row["name"]: row["verdict"] == "kept" for row in self.tried}
@@ -224,7 +227,7 @@ class Bench:
     def _benchmark(self, number: int) -> BenchmarkConfig:
         made = self.settings.benchmark(1000 + number)
         update = {"batch_sizes": (self.limit.batch,), "repeats": 2 * made.repeats}
-        return made.model_copy(update=update)
+        return made.model_copy(update=update | self.watch.lengths._asdict())
 
     def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
         """What a candidate took, held against the unpruned model of the same run."""
@@ -256,7 +259,7 @@ class Bench:
         ms: dict[Any, float] = {"ttft_ms": cell.ttft_ms[percentile]}
         if cell.itl_ms is not None:
             ms["itl_ms"] = cell.itl_ms[percentile]
-        return costs(self.limit, ms, self.settings.output_tokens)
+        return costs(self.limit, ms, self.watch.lengths.output_tokens)
 
     def _nothing(self) -> ModelError:
         told = "; ".join(f"{row['name']} is {row['verdict']}" for row in self.tried) or "none fits"
@@ -299,7 +302,7 @@ def bench_of(
     exporter: Any = build_plugin(registry, table.lanes[lane].lane)
     watch = stopwatch(limit, table, lane)
     return Bench(
-        budget=budget.timed_by(watch),
+        budget=budget,
         watch=watch,
         lane=exporter,
         settings=LatencyConfig.model_validate(latency.manifest.config),
@@ -321,6 +324,6 @@ def in_time(
         found = possible(config.axes, shape, budget, config.target)
         return [Ranked(one, -float(one.parameters)) for one in found]
 
-    kept = bench.confirm(largest, 1)[0].candidate.shape
+    kept = bench.confirm(largest(bench.corrected()), largest, 1)[0].candidate.shape
     update = {"axes": settled(config.axes, kept), "budget": None}
     return config.model_copy(update=update), bench.record()

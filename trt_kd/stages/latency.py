@@ -8,6 +8,7 @@ removed. A group survives a kill.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,15 +32,15 @@ from trt_kd.errors import ModelError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
 from trt_kd.latency.model import Fit
-from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, drift_corrected
+from trt_kd.latency.table import Cell, Lane, LatencyTable, Lengths, Row, drift_corrected
 from trt_kd.measuring.progress import progress
 from trt_kd.pruning import AXES
 from trt_kd.pruning.base import Axis
 from trt_kd.pruning.search import open_axes
-from trt_kd.stages.benchmark import BenchmarkConfig
+from trt_kd.stages.benchmark import BatchSizes, BenchmarkConfig, Sweep, several
 from trt_kd.stages.export import ExportConfig, export
 from trt_kd.stages.probing import LEAST, probes
-from trt_kd.stages.twins import SOURCE, Stand, cells_json, cells_of
+from trt_kd.stages.twins import CELLS, SOURCE, Stand
 
 
 class Timing(StageConfig):
@@ -52,12 +53,12 @@ class Timing(StageConfig):
         Field(min_length=1),
     ]
     """Exporters by a name of your own, such as ``int4: {kind: ort-genai, precision: int4}``."""
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4, 8)
+    batch_sizes: BatchSizes = (1, 4, 8)
     """Sequences decoded together; between them times are interpolated."""
-    input_tokens: PositiveInt = 128
-    """Prompt tokens of every sequence (ISL)."""
-    output_tokens: PositiveInt = 32
-    """Tokens decoded for every sequence (OSL), end-of-text ignored."""
+    input_tokens: Sweep = 128
+    """Prompt tokens of every sequence (ISL), or several; every combination is timed."""
+    output_tokens: Sweep = 32
+    """Tokens decoded for every sequence (OSL), end-of-text ignored, or several."""
     probes: Annotated[int, Field(ge=LEAST)] = 14
     """Sizes that are timed in every lane besides the unpruned model."""
     together: PositiveInt = 4
@@ -94,6 +95,12 @@ class Timing(StageConfig):
         few = {"input_tokens": 16, "output_tokens": 4, "warmup": 0, "repeats": 1, "probes": LEAST}
         wide = {"max_width_pruning": 0.9, "max_depth_pruning": 0.5}
         return self.model_copy(update=few | wide | {"lanes": lanes})
+
+    @property
+    def pairs(self) -> list[Lengths]:
+        """Every combination of lengths."""
+        both = product(several(self.input_tokens), several(self.output_tokens))
+        return [Lengths(*pair) for pair in both]
 
     def along(self, axes: Sequence[Axis]) -> "LatencyConfig":
         """The same along ``axes``."""
@@ -157,16 +164,19 @@ def latency(config: LatencyConfig, *, source: Artifact, out: Path) -> Artifact:
     with writing(out, kind="latency", config=config, inputs={"source": source}) as draft:
         work = claim_work(work_directory(out), work_key(config, {"source": source.key}))
         subject = _Subject(config, source, shape, shapes)
-        table = LatencyTable(
+        made = LatencyTable(
             hardware=environment(),
             source=vars(shape),
-            input_tokens=config.input_tokens,
-            output_tokens=config.output_tokens,
             lanes={name: subject.lane(name, work / name) for name in config.lanes},
         )
-        table.save(draft.path)
+        made.save(draft.path)
         draft.metrics["lanes"] = {
-            name: [_told(fit) for fit in table.model(name).fits.values()] for name in table.lanes
+            name: [
+                lengths._asdict() | _told(fit)
+                for lengths in made.lengths
+                for fit in made.model(name, lengths=lengths).fits.values()
+            ]
+            for name in made.lanes
         }
     return Artifact.open(out, expect="latency")
 
@@ -220,12 +230,12 @@ class _Subject:
             for i, shape in enumerate(self.shapes[start : start + config.together])
         }
 
-        def make(folder: Path) -> dict[str, Any]:
+        def make(folder: Path) -> Any:
             stand = Stand(lane, self.source, exported, config.axes)
             group = config.benchmark(start // config.together)
-            return cells_json(stand.time(shapes, group, folder))
+            return CELLS.dump_python(stand.time(shapes, group, folder))
 
-        cells = cells_of(piece(work / f"group-{start}", make))
+        cells = CELLS.validate_python(piece(work / f"group-{start}", make))
         rows = [
             Row(sizes=shape.changes(self.shape), cells=cells[name])
             for name, shape in shapes.items()

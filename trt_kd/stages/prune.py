@@ -19,7 +19,7 @@ from trt_kd.errors import ConfigError
 from trt_kd.pruning import AXES, IMPORTANCE
 from trt_kd.pruning.base import Axis, Evidence, Importance
 from trt_kd.pruning.budget import Budget, limited, untimed
-from trt_kd.pruning.candidates import possible
+from trt_kd.pruning.candidates import countable, possible
 from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.depth import DepthAxis
 from trt_kd.pruning.importance import Activation
@@ -33,8 +33,6 @@ from trt_kd.stages.cutting import BATCH, cut_checkpoint
 
 # On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
 _REHEARSAL_SHARE = 0.97
-_STAND_IN_SHARE = 0.8
-"""Parameters that a plan counts with where only time is limited."""
 
 
 class PruneConfig(StageConfig):
@@ -140,7 +138,7 @@ class PruneConfig(StageConfig):
         architecture = architecture_of(shape.model_type)
         for axis in self.axes:
             architecture.check_axis(axis.kind, shape)
-        budget = self.budget and self.budget.countable(_STAND_IN_SHARE)
+        budget = self.budget and countable(self.budget, self.axes, shape, self.target)
         if budget is not None and self.searching:
             return possible(self.axes, shape, budget, self.target)[0].shape
         return planned_shape(self.axes, budget, shape, self.target)
@@ -216,6 +214,7 @@ def _rehearsed(budget: Budget | None) -> Budget:
     if limit is None:
         return Budget(params=_REHEARSAL_SHARE)
     easy = {"itl_ms": "1000%", "ttft_ms": None, "tokens_per_s": None, "min_speedup": 0.01}
+    easy |= {"input_tokens": None, "output_tokens": None}
     return Budget(params=_REHEARSAL_SHARE, latency=limit.model_copy(update=easy))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.data.base import DataConfig
@@ -21,6 +23,8 @@ from trt_kd.stages.export import ExportConfig
 
 SOURCE = "source"
 """Name of the unpruned model among those that are timed."""
+CELLS = TypeAdapter(dict[str, list[Cell]])
+"""Writes and reads what ``Stand.time`` found."""
 
 
 def twin(
@@ -66,7 +70,7 @@ class Stand:
     ) -> dict[str, list[Cell]]:
         """Time twins of ``shapes``; they are made in the folder ``work`` and removed again.
 
-        Returns, by name and as ``source`` for the unpruned model, the cells of every batch size.
+        Returns, by name and as ``source`` for the unpruned model, the cells of every workload.
 
         Raises:
             ModelError: if a batch size needs more memory than there is.
@@ -83,25 +87,10 @@ class Stand:
         return {name: [_cell(name, record) for record in rows] for name, rows in records.items()}
 
 
-def cells_json(found: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
-    """What ``Stand.time`` found, for a file."""
-    return {name: [cell.model_dump(mode="json") for cell in cells] for name, cells in found.items()}
-
-
-def cells_of(found: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """The same read back."""
-    return {name: [Cell.model_validate(cell) for cell in rows] for name, rows in found.items()}
-
-
 def _cell(name: str, record: Mapping[str, Any]) -> Cell:
     if "error" in record:
         raise ModelError(
             f"{name} cannot be timed at batch size {record['batch_size']}: {record['error']}",
             hint="leave that batch size out",
         )
-    return Cell(
-        batch_size=record["batch_size"],
-        ttft_ms=record["ttft_ms"],
-        itl_ms=record["itl_ms"],
-        spread=record["spread"],
-    )
+    return Cell.model_validate({field: record[field] for field in Cell.model_fields})
