@@ -7,10 +7,12 @@ import pytest
 from trt_kd.artifacts import Artifact
 from trt_kd.checkpoints import load_model
 from trt_kd.errors import ArtifactError, TrtKdError
+from trt_kd.pipeline.flow import steps, without_cut
 from trt_kd.pipeline.plan import make_plan
 from trt_kd.pipeline.recipe import load_recipe
 from trt_kd.pipeline.run import check_disk, locked, rehearse, run
 from trt_kd.pipeline.stages import STAGES, Stage
+from trt_kd.stages.corners import Corner, PruningDoesNotPayError, verdict_of
 
 
 @pytest.fixture
@@ -70,6 +72,50 @@ def test_a_rehearsal_passes_through_every_stage_and_leaves_nothing(
     rehearse(recipe, tmp_path / "rehearsal")
     assert set(ran) == set(STAGES) - {"benchmark", "generate", "latency", "pair", "sensitivity"}
     assert not (tmp_path / "rehearsal").exists()
+
+
+def test_where_pruning_does_not_pay_the_rest_is_done_and_the_report_says_why(
+    settings, recipe_file, tmp_path, monkeypatch
+):
+    found = [Corner("int4", "unpruned", True, {"itl_ms": 5.0}, 0.19)]
+    verdict = verdict_of(found, {"itl_ms": 6.0})
+    real, names = Stage.run, []
+
+    def refused(self, config, **inputs):
+        names.append(config.stage)
+        if config.stage == "prune":
+            raise PruningDoesNotPayError(verdict, found)
+        return real(self, config, **inputs)
+
+    monkeypatch.setattr(Stage, "run", refused)
+    recipe = load_recipe(recipe_file(settings))
+
+    artifacts = run(recipe, tmp_path / "runs")
+
+    assert set(artifacts) == {
+        "teacher", "teacher-deploy-quantized", "teacher-deploy",
+        "evaluate-teacher", "evaluate-teacher_quantized", "report",
+    }  # fmt: skip
+    found = json.loads((artifacts["report"].path / "report.json").read_text())
+    assert [variant["role"] for variant in found["variants"]] == ["teacher", "teacher_quantized"]
+    assert any("Pruning does not pay: the format alone" in note for note in found["notes"])
+    assert found["verdict"] == "undecided"
+    names.clear()
+    run(recipe, tmp_path / "runs")
+    assert names == ["prune"], "asked again, since nothing was cut; all else is done"
+
+
+def test_what_reads_nothing_of_the_cut_is_left_as_it_was(settings, recipe_file):
+    made = steps(load_recipe(recipe_file(settings)))
+    left = {step.name: step for step in without_cut(made, "it does not pay")}
+    gone = [step for step in made if step.name not in left]
+    assert {"pruned", "student", "cross_entropy", "student-deploy"} <= {step.name for step in gone}
+    for step in made:
+        if step.name in left and step.stage not in ("benchmark", "report"):
+            assert left[step.name] == step
+    for step in left.values():
+        assert set(step.inputs.values()) <= left.keys()
+    assert "it does not pay" in left["report"].config.notes
 
 
 def test_a_failing_step_leaves_the_finished_ones_and_nothing_half_written(

@@ -9,7 +9,7 @@ import pytest
 
 from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape
-from trt_kd.cli.candidates import print_candidates
+from trt_kd.cli.candidates import candidates_json, print_candidates
 from trt_kd.errors import ModelError
 from trt_kd.pruning import AXES
 from trt_kd.pruning import candidates as module
@@ -281,12 +281,11 @@ def test_the_dry_run_prints_sizes_costs_and_legality(capsys):
     assert "as before, illegal: " in "".join(rows) or "yes" in "".join(rows)
 
 
-def test_the_dry_run_prints_json_with_every_reason(capsys):
+def test_the_dry_run_tells_programs_every_reason(capsys):
     target = Target(format="int4_awq", runtime="vllm", gpu="hopper")
     budget = Budget(active_params=0.6)
     found = enumerate_candidates(MIXTURE, MIXTURE_GRID, budget, target)
-    print_candidates(found, MIXTURE, budget, target, as_json=True)
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(json.dumps(candidates_json(found, MIXTURE, budget, target)))
     assert printed["limits"] == {"active_params": 0.6 * MIXTURE.active_parameters}
     assert len(printed["candidates"]) == len(found)
     for row, candidate in zip(printed["candidates"], found, strict=True):

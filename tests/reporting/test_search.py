@@ -371,3 +371,32 @@ def test_a_damaged_limit_on_time_is_left_out_and_named():
     search = found(record_of() | {"latency": {"lane": "int4"}})
     assert search.latency is None
     assert search.missing == ["The limit on time is left out: latency.limit is damaged."]
+
+
+UNPRUNED, PRUNED = {"lane": "int4", "name": "unpruned"}, {"lane": "int4", "name": FIRST}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "fits", "said"),
+    [
+        (PRUNED | {"pruning_pays": True}, False, "Pruning pays: no lane keeps the limit unpruned."),
+        (PRUNED | {"pruning_pays": True}, True, "the limit is kept by int4, which strays further."),
+        (UNPRUNED | {"pruning_pays": False}, True, "Pruning does not pay: the format alone keeps"),
+    ],
+)
+def test_whether_pruning_pays_is_said_first(texts, verdict, fits, said):
+    latency = copy.deepcopy(LATENCY) | {"verdict": verdict | {"words": "as printed"}}
+    latency["corners"][0]["fits"] = fits
+    search = found(record_of() | {"latency": latency})
+    assert said in search_tables.paragraphs(search)[0]
+    for text in texts(search):
+        assert said in text
+
+
+def test_a_lane_that_cannot_be_pruned_to_the_limit_has_no_costs(texts):
+    latency = copy.deepcopy(LATENCY)
+    latency["corners"].append(
+        {"lane": "fp32", "name": "no legal sizes", "fits": False, "costs": {}, "nats": None}
+    )
+    for text in texts(found(record_of() | {"latency": latency})):
+        assert "no legal sizes" in text

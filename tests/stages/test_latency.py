@@ -8,18 +8,20 @@ from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.artifacts.environment import environment
 from trt_kd.checkpoints import save_model
-from trt_kd.cli.candidates import dry_run
+from trt_kd.cli.candidates import dry_run, ranking
 from trt_kd.config import StageConfig
 from trt_kd.errors import ArtifactError, ConfigError, ModelError
 from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
 from trt_kd.pruning.budget import Budget
 from trt_kd.pruning.candidates import SearchSpace
+from trt_kd.pruning.latency_limit import LatencyLimit, faster, stopwatch
 from trt_kd.pruning.search import Search
-from trt_kd.pruning.sensitivity import Point
+from trt_kd.pruning.sensitivity import Point, write_points
 from trt_kd.stages import confirming
+from trt_kd.stages import corners as ways
 from trt_kd.stages.benchmark import several
-from trt_kd.stages.confirming import chosen_lane, corners
+from trt_kd.stages.corners import PruningDoesNotPayError, choose_corner, corners, limits_of
 from trt_kd.stages.latency import LatencyConfig, Timing, latency
 from trt_kd.stages.prune import PruneConfig, prune
 from trt_kd.stages.score import score, scoring_of
@@ -297,7 +299,8 @@ def test_the_largest_size_that_is_fast_enough_is_kept(
 ):
     listed = []
     real = confirming.possible
-    monkeypatch.setattr(confirming, "possible", lambda *a, **k: listed.append(a) or real(*a, **k))
+    for module in (confirming, ways):
+        monkeypatch.setattr(module, "possible", lambda *a, **k: listed.append(a) or real(*a, **k))
     config = one_axis(data, itl_ms="85%")
     made = prune(config, source=teacher, latency=exact, out=tmp_path / "pruned")
     assert len(listed) == 2  # for the corners, and for what is timed: predictions were right
@@ -458,38 +461,79 @@ POINTS = [Point("ffn", 64, 128, 0.4), Point("depth", 3, 4, 0.6)]
 
 
 def found_corners(place, config, teacher, limit, kl_nats):
-    made = written(place, config, teacher, kl_nats=kl_nats)
-    return corners(
-        Budget(latency=limit),
-        read_table(made.path),
+    """What the corners find under ``limit``, and the limits in milliseconds."""
+    table = read_table(written(place, config, teacher, kl_nats=kl_nats).path)
+    budget = Budget(latency=limit)
+    found = corners(
+        budget,
+        table,
         config.axes,
         PruneConfig(axes=AXES, budget=Budget(params=0.5)).target,
         points=POINTS,
         search=Search(max_width_pruning=0.6, max_depth_pruning=0.5),
     )
+    return found, limits_of(budget, table)
 
 
-def test_unpruned_lanes_come_first_and_pruned_ones_only_where_they_are_needed(
-    config, teacher, tmp_path
-):
+def unpruned_ms(teacher):
+    return cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
+
+
+def test_every_lane_stands_unpruned_and_pruned(config, teacher, tmp_path):
     limit = {"itl_ms": "80%", "batch": 2}
-    found = found_corners(tmp_path / "t", config, teacher, limit, {"plain": 0.0, "quick": 0.1})
-    # A share counts from the same lane's own time, so both have to prune.
-    assert [(one.lane, one.name == "unpruned") for one in found] == [
-        ("plain", True),
-        ("quick", True),
-        ("plain", False),
-        ("quick", False),
+    nats = {"plain": 0.0, "quick": 0.1}
+    found, limits = found_corners(tmp_path / "t", config, teacher, limit, nats)
+    assert [(one.lane, one.name == "unpruned", one.fits) for one in found] == [
+        ("plain", True, False),
+        ("quick", True, True),
+        ("plain", False, True),
+        ("quick", False, True),
     ]
-    assert chosen_lane(found) == "plain"
+    # A share counts from the first lane, so that it asks the same of all of them.
+    ms = unpruned_ms(teacher)
+    assert limits == {"itl_ms": pytest.approx(0.8 * ms)}
+    assert found[2].costs["itl_ms"] <= 0.8 * ms
+    # What fits unpruned is cut as little as gains anything.
+    assert found[3].costs["itl_ms"] <= 0.5 * ms / 1.02
+    assert all(cut.nats > plain.nats for plain, cut in zip(found[:2], found[2:], strict=True))
 
 
 def test_a_format_that_is_fast_enough_by_itself_ends_the_pruning(config, teacher, tmp_path):
-    ms = cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
-    limit = {"itl_ms": 0.75 * ms, "batch": 2}
-    found = found_corners(tmp_path / "t", config, teacher, limit, {"plain": 0.0, "quick": 0.05})
-    with pytest.raises(ModelError, match="fits the budget unpruned in the lane quick"):
-        chosen_lane(found)
+    limit = {"itl_ms": 0.75 * unpruned_ms(teacher), "batch": 2}
+    nats = {"plain": 0.0, "quick": 0.05}
+    found, limits = found_corners(tmp_path / "t", config, teacher, limit, nats)
+    with pytest.raises(PruningDoesNotPayError, match="pruning does not pay") as caught:
+        choose_corner(found, limits)
+    assert (caught.value.verdict.lane, caught.value.verdict.name) == ("quick", "unpruned")
+    assert "lane quick" in caught.value.hint
+    for one in found:
+        assert f"{one.lane}, {one.name}: {one.words}" in caught.value.told
+
+
+def measured_over(place, config, teacher, slower):
+    """A table whose unpruned model takes ``slower`` times what the probes say of it."""
+    table = read_table(written(place, config, teacher, kl_nats={"plain": 0.0}).path)
+    first, *probes = table.lanes["plain"].rows
+    scaled = [
+        cell.model_copy(update={"itl_ms": {p: slower * v for p, v in cell.itl_ms.items()}})
+        for cell in first.cells
+    ]
+    rows = [first.model_copy(update={"cells": scaled}), *probes]
+    lane = table.lanes["plain"].model_copy(update={"rows": rows})
+    return table.model_copy(update={"lanes": {"plain": lane}})
+
+
+def test_what_is_predicted_to_fit_unpruned_and_does_not_is_still_cut(
+    config, teacher, tmp_path, capsys
+):
+    measured_over(tmp_path / "t", config, teacher, 1.2).save(tmp_path)
+    limit = 1.1 * unpruned_ms(teacher)
+    space = SearchSpace(axes=AXES, budget={"latency": {"itl_ms": limit, "batch": 2}})
+    dry_run(space, teacher.path, table=tmp_path, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"]["pruning_pays"]
+    assert told["candidates"]
+    assert all(0 < one["costs"]["itl_ms"] <= limit for one in told["candidates"])
 
 
 @pytest.mark.parametrize("slower", [0.9, 1.0, 1.2])
@@ -498,34 +542,44 @@ def test_the_unpruned_model_fits_by_what_it_measured(
     config, teacher, tmp_path, slower, limit_share
 ):
     """Its prediction may say otherwise: the cost that is shown is the one that is judged."""
-    ms = cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
-    table = read_table(written(tmp_path / "t", config, teacher, kl_nats={"plain": 0.0}).path)
-    first, *probes = table.lanes["plain"].rows
-    scaled = [
-        cell.model_copy(update={"itl_ms": {p: slower * v for p, v in cell.itl_ms.items()}})
-        for cell in first.cells
-    ]
-    rows = [first.model_copy(update={"cells": scaled}), *probes]
-    lane = table.lanes["plain"].model_copy(update={"rows": rows})
-    changed = table.model_copy(update={"lanes": {"plain": lane}})
+    ms = unpruned_ms(teacher)
+    changed = measured_over(tmp_path / "t", config, teacher, slower)
     limit = {"itl_ms": limit_share * ms, "batch": 2}
     target = PruneConfig(axes=AXES, budget=Budget(params=0.5)).target
     search = Search(max_width_pruning=0.6, max_depth_pruning=0.5)
-    found = corners(
+    plain, cut = corners(
         Budget(latency=limit), changed, config.axes, target, points=POINTS, search=search
     )
-    assert found[0].costs["itl_ms"] == pytest.approx(slower * ms)
-    assert found[0].fits is (slower <= limit_share)
-    assert (len(found) == 1) is found[0].fits
-    for one in found[1:]:
-        assert one.costs["itl_ms"] <= limit["itl_ms"]
+    assert plain.costs["itl_ms"] == pytest.approx(slower * ms)
+    assert plain.fits is (slower <= limit_share)
+    most = plain.costs["itl_ms"] / 1.02 if plain.fits else limit["itl_ms"]
+    assert cut.costs["itl_ms"] <= most
 
 
 def test_pruning_pays_where_the_fast_format_costs_more(config, teacher, tmp_path):
-    ms = cells(read_shape(teacher.path), [2])[0].itl_ms["p50"]
-    limit = {"itl_ms": 0.97 * ms, "batch": 2}
-    found = found_corners(tmp_path / "t", config, teacher, limit, {"plain": 0.0, "quick": 2.0})
-    assert chosen_lane(found) == "plain"
+    limit = {"itl_ms": 0.97 * unpruned_ms(teacher), "batch": 2}
+    nats = {"plain": 0.0, "quick": 2.0}
+    verdict = choose_corner(*found_corners(tmp_path / "t", config, teacher, limit, nats))
+    assert (verdict.pruning_pays, verdict.lane) == (True, "plain")
+    assert "quick keeps" in verdict.words
+
+
+def test_pruning_pays_in_the_fast_format_where_no_format_is_fast_enough(config, teacher, tmp_path):
+    limit = {"itl_ms": "45%", "batch": 2}
+    nats = {"plain": 0.0, "quick": 0.05}
+    found, limits = found_corners(tmp_path / "t", config, teacher, limit, nats)
+    verdict = choose_corner(found, limits)
+    assert (verdict.pruning_pays, verdict.lane) == (True, "quick")
+    assert "no lane keeps" in verdict.words
+    # Slower by far, the first lane has no sizes for that; the table says so.
+    assert (found[2].name, found[2].fits, found[2].costs) == ("no legal sizes", False, {})
+
+
+def test_nothing_that_fits_is_an_error_with_the_least_that_is_reached(config, teacher, tmp_path):
+    limit = {"itl_ms": "1%", "batch": 2}
+    with pytest.raises(ModelError, match="none of the") as caught:
+        found_corners(tmp_path / "t", config, teacher, limit, {"plain": 0.0, "quick": 0.0})
+    assert "the least that they reach is" in caught.value.hint
 
 
 # --- a search -----------------------------------------------------------------------------------
@@ -560,9 +614,7 @@ def test_a_search_measures_only_what_keeps_the_limit(data, teacher, exact, runti
 # --- the dry run --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("limit", "said"), [("80%", "at most"), ("110%", "there is nothing to prune for")]
-)
+@pytest.mark.parametrize(("limit", "said"), [("80%", "at most"), ("110%", "pruning is not needed")])
 def test_a_dry_run_shows_the_lanes_first(config, teacher, exact, capsys, limit, said):
     space = SearchSpace(axes=AXES, budget={"latency": {"itl_ms": limit, "batch": 2}})
     dry_run(space, teacher.path, table=exact.path)
@@ -579,3 +631,124 @@ def test_a_dry_run_tells_programs_everything(config, teacher, exact, capsys):
     assert all(one["costs"]["itl_ms"] <= told["limits"]["itl_ms"] for one in told["candidates"])
     assert told["lengths"] == {"input_tokens": INPUT_TOKENS, "output_tokens": 3}
     assert told["prediction_errors"]["itl_ms"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture
+def searched(data, teacher, tmp_path):
+    """Settings of a search in JSON's form, and what scoring would have left."""
+    config = {"axes": AXES, "calibration_tokens": 64, "data": data,
+              "search": {"max_width_pruning": 0.6, "max_depth_pruning": 0.5}}  # fmt: skip
+    space = PruneConfig.model_validate(config | {"budget": {"params": 0.9}})
+    inputs = {"source": teacher}
+    with writing(tmp_path / "sc", kind="scores", config=scoring_of(space), inputs=inputs) as draft:
+        write_points(POINTS, draft.path)
+    return config, tmp_path / "sc"
+
+
+def looked(config, limit, inputs, capsys, *, as_json=False):
+    """What a search's dry run prints."""
+    budget = {"latency": {"itl_ms": limit, "batch": 2}}
+    ranking(PruneConfig.model_validate(config | {"budget": budget}), inputs, as_json=as_json)
+    return capsys.readouterr().out
+
+
+def test_a_dry_search_says_whether_pruning_pays(searched, config, teacher, tmp_path, capsys):
+    """Quantize only under a loose limit; pruned and quantized under one that no format meets."""
+    nats = {"plain": 0.0, "quick": 0.05}
+    timed = written(tmp_path / "two", config, teacher, kl_nats=nats).path
+    inputs = {"source": teacher.path, "scores": searched[1], "latency": timed}
+    ms = unpruned_ms(teacher)
+
+    loose = looked(searched[0], 0.75 * ms, inputs, capsys)
+    assert "pruning does not pay: the format alone keeps" in loose
+    assert "legal" not in loose
+
+    told = json.loads(looked(searched[0], 0.75 * ms, inputs, capsys, as_json=True))
+    assert told["candidates"] == []
+    assert told["verdict"] | {"words": ""} == {
+        "pruning_pays": False, "lane": "quick", "name": "unpruned", "words": ""
+    }  # fmt: skip
+    assert [(one["lane"], one["name"] == "unpruned") for one in told["corners"]] == [
+        ("plain", True), ("quick", True), ("plain", False), ("quick", False)
+    ]  # fmt: skip
+    assert all(one["costs"]["itl_ms"] > 0 and one["nats"] >= 0 for one in told["corners"])
+
+    tight = looked(searched[0], 0.45 * ms, inputs, capsys)
+    assert "pruning pays: no lane keeps the limit of" in tight
+    assert "quick with" in tight
+
+    told = json.loads(looked(searched[0], 0.45 * ms, inputs, capsys, as_json=True))
+    assert (told["verdict"]["pruning_pays"], told["verdict"]["lane"]) == (True, "quick")
+    predicted = [one["predicted_nats"] for one in told["candidates"]]
+    assert predicted == sorted(predicted)
+    best = next(one for one in told["corners"] if one["name"] == told["verdict"]["name"])
+    assert best["nats"] == pytest.approx(predicted[0] + nats["quick"])
+
+
+def test_a_dry_search_without_scores_is_refused(searched, exact, teacher):
+    config = PruneConfig.model_validate(searched[0] | {"budget": {"params": 0.9}})
+    with pytest.raises(ConfigError, match="by their scores"):
+        ranking(config, {"source": teacher.path, "latency": exact.path})
+
+
+def test_a_search_where_pruning_does_not_pay_leaves_nothing(
+    searched, config, teacher, tmp_path, runtime
+):
+    nats = {"plain": 0.0, "quick": 0.05}
+    timed = written(tmp_path / "two", config, teacher, kl_nats=nats)
+    limit = {"latency": {"itl_ms": 0.75 * unpruned_ms(teacher), "batch": 2}}
+    asked = PruneConfig.model_validate(searched[0] | {"budget": limit})
+    scores = Artifact.open(searched[1])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(PruningDoesNotPayError, match="pruning does not pay"):
+        prune(asked, source=teacher, scores=scores, latency=timed, out=tmp_path / "pruned")
+    assert sorted(tmp_path.iterdir()) == before
+    assert runtime.timed == []
+
+
+# --- the machine's own speed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drift", [0.8, 1.25])
+def test_a_share_follows_the_machine_and_milliseconds_do_not(config, teacher, tmp_path, drift):
+    table = read_table(written(tmp_path / "t", config, teacher).path)
+    ms = unpruned_ms(teacher)
+    share, number = (
+        stopwatch(LatencyLimit(itl_ms=given, batch=2), table, "plain")
+        for given in ("70%", 0.7 * ms)
+    )
+    now = {"itl_ms": drift * ms}
+    assert share.limits() == number.limits() == {"itl_ms": pytest.approx(0.7 * ms)}
+    assert share.limits_beside(now) == {"itl_ms": pytest.approx(0.7 * drift * ms)}
+    assert number.limits_beside(now) == {"itl_ms": pytest.approx(0.7 * ms)}
+
+
+def test_milliseconds_are_held_on_a_slower_machine_too(
+    data, teacher, exact, monkeypatch, tmp_path, runtime
+):
+    """All is a fifth slower than for the table, the unpruned model as well."""
+    real = runtime.time
+    monkeypatch.setattr(runtime, "slower", 1.2)
+
+    def time(stand, shapes, benchmark, work):
+        found = real(stand, shapes, benchmark, work)
+        shape = read_shape(stand.source.path)
+        return found | {SOURCE: cells(shape, benchmark.batch_sizes, 1.2)}
+
+    monkeypatch.setattr(runtime, "time", time)
+    limit = 0.85 * unpruned_ms(teacher)
+    made = prune(
+        one_axis(data, itl_ms=limit), source=teacher, latency=exact, out=tmp_path / "pruned"
+    )
+    tried = made.metrics["latency"]["tried"]
+    assert [row["verdict"] for row in tried] == ["over the limit", "kept"]
+    assert 1.2 * cells(read_shape(made.path), [2])[0].itl_ms["p50"] <= limit
+
+
+@pytest.mark.parametrize("given", [{"itl_ms": 5.0}, {"ttft_ms": 9.0}, {"tokens_per_s": 100.0}])
+def test_faster_asks_for_the_least_speedup_that_counts(config, teacher, tmp_path, given):
+    table = read_table(written(tmp_path / "t", config, teacher).path)
+    watch = stopwatch(LatencyLimit(**given, batch=2), table, "plain")
+    before = watch.before()
+    asked = stopwatch(faster(watch.limit, before), table, "plain").limits()
+    assert asked == {name: pytest.approx(ms / 1.02) for name, ms in before.items()}

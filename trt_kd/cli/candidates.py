@@ -1,17 +1,21 @@
 """The dry run of pruning: which sizes fit, what they cost, and whether the target takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.cli.console import print_json, table
+from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:
     from trt_kd.architectures.shape import ModelShape
     from trt_kd.pruning.budget import Budget
     from trt_kd.pruning.candidates import Candidate, SearchSpace
     from trt_kd.pruning.catalogue import Target
-    from trt_kd.stages.confirming import Corner
+    from trt_kd.pruning.search import Search
+    from trt_kd.pruning.sensitivity import Point
+    from trt_kd.stages.corners import Corner
+    from trt_kd.stages.prune import PruneConfig
 
 _SHOWN = 20
 
@@ -22,88 +26,134 @@ def print_candidates(
     budget: "Budget",
     target: "Target",
     *,
-    as_json: bool = False,
+    nats: "Sequence[float] | None" = None,
     limit: int = _SHOWN,
 ) -> None:
-    """Print the candidates for pruning a model of ``shape``, as a table or as JSON.
+    """Print the first ``limit`` candidates for pruning a model of ``shape``, in their order.
 
-    The table has the first ``limit`` of them, in their order; JSON has all.
+    ``nats`` are what their cuts are predicted to cost, where that is known.
     """
-    if as_json:
-        print_json(candidates_json(candidates, shape, budget, target))
-        return
     print(f"{shape.parameters:,} parameters before; {_limits(shape, budget)}; for {target}\n")
-    print(table(candidate_rows(candidates[:limit], shape, budget)))
+    shown = nats[:limit] if nats is not None else None
+    print(table(candidate_rows(candidates[:limit], shape, budget, shown)))
     hidden = len(candidates) - limit
     if hidden > 0:
         print(f"\nand {hidden:,} more; --json prints all")
 
 
 def dry_run(
-    config: "SearchSpace", directory: Path, *, table: Path | None = None, as_json: bool = False
+    config: "SearchSpace | PruneConfig",
+    directory: Path,
+    *,
+    table: Path | None = None,
+    scores: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Print what ``config`` could make of the model in ``directory``, from its config.json alone.
 
     Axes without a size are tried at every legal one, together. With a latency table ``table`` the
-    corners come first, the unpruned model in every lane before the best that is pruned.
+    corners come first, the unpruned model in every lane before the best that is pruned, and
+    whether pruning pays. With ``scores`` candidates are ranked by what their cuts will cost.
 
     Raises:
         TrtKdError: if nothing is legal or fits, or an axis is not the model's.
     """
     from trt_kd.architectures.shape import read_shape
     from trt_kd.pruning.candidates import possible
+    from trt_kd.pruning.search import Search, open_axes, ranked
+    from trt_kd.pruning.sensitivity import read_points
 
-    shape = read_shape(directory)
+    shape, budget = read_shape(directory), config.budget
+    if budget is None:
+        raise ConfigError("which sizes fit what?", hint="give a budget, such as budget.params=80%")
+    points = read_points(scores) if scores is not None else []
+    search = getattr(config, "searching", None) or Search()
+    found: dict[str, Any] = {}
     if table is not None:
-        _dry_run_in_time(config, shape, table, as_json=as_json)
-        return
-    found = possible(config.axes, shape, config.budget, config.target)
-    budget = config.budget.deployed(config.target)
-    print_candidates(found, shape, budget, config.target, as_json=as_json)
+        budget, found = _in_time(config, shape, table, points, search)
+        if not as_json:
+            _print_corners(found)
+    candidates, nats = [], None
+    if not found or found["verdict"].pruning_pays:
+        slack = {"slack": search.slack} if points else {}
+        candidates = possible(config.axes, shape, budget, config.target, **slack)
+    budget = budget.deployed(config.target)
+    if points and candidates:
+        first = ranked(candidates, points, open_axes(config.axes), search)
+        candidates = [one.candidate for one in first]
+        nats = [one.predicted_nats for one in first]
+    if as_json:
+        told = candidates_json(candidates, shape, budget, config.target, nats=nats)
+        print_json(told | _corners_json(found))
+    elif candidates:
+        print_candidates(candidates, shape, budget, config.target, nats=nats)
 
 
-def _dry_run_in_time(
-    config: "SearchSpace", shape: "ModelShape", place: Path, *, as_json: bool
-) -> None:
-    from dataclasses import asdict
+def ranking(config: "PruneConfig", inputs: Mapping[str, Path], *, as_json: bool = False) -> None:
+    """Print what a search would choose from, by role of its ``inputs``; cut and time nothing.
 
-    from trt_kd.errors import ConfigError
+    Raises:
+        TrtKdError: as the search would.
+    """
+    from trt_kd.artifacts import Artifact
+    from trt_kd.stages.prune import check_scores
+
+    source = Artifact.open(inputs["source"], expect="checkpoint")
+    if config.searching is None or "scores" not in inputs:
+        raise ConfigError(
+            "a search ranks sizes of several axes by their scores",
+            hint="leave two axes without a size and give --scores, or look with trt-kd prune "
+            "--dry-run",
+        )
+    check_scores(config, Artifact.open(inputs["scores"], expect="scores"), source)
+    table, scores = inputs.get("latency"), inputs["scores"]
+    dry_run(config, source.path, table=table, scores=scores, as_json=as_json)
+
+
+def _in_time(
+    config: "SearchSpace | PruneConfig",
+    shape: "ModelShape",
+    place: Path,
+    points: "Sequence[Point]",
+    search: "Search",
+) -> "tuple[Budget, dict[str, Any]]":
+    """The budget held against the lane that the corners speak for, and the corners."""
     from trt_kd.latency.table import read_table
     from trt_kd.pruning.budget import limited
-    from trt_kd.pruning.candidates import possible
     from trt_kd.pruning.latency_limit import stopwatch
-    from trt_kd.stages.confirming import corners
+    from trt_kd.stages.corners import as_measured, corners, limits_of, verdict_of
 
-    _, limit = limited(config.budget)
+    budget, limit = limited(config.budget)
     timed = read_table(place)
     if timed.shape != shape:
         raise ConfigError(
             f"the latency table in {place} is of another model",
             hint="make one of this model with trt-kd latency-table",
         )
-    found = corners(config.budget, timed, config.axes, config.target)
-    lane = next((one.lane for one in found if one.fits and one.name != "unpruned"), None)
-    rows = [asdict(one) for one in found]
-    if lane is None:
-        if as_json:
-            print_json({"schema_version": 1, "corners": rows, "candidates": []})
-        else:
-            print(f"{table(corner_rows(found))}\n\nit fits unpruned: there is nothing to prune for")
-        return
-    watch = stopwatch(limit, timed, lane)
-    budget = config.budget.timed_by(watch).deployed(config.target)
-    candidates = possible(config.axes, shape, budget, config.target)
-    if as_json:
-        stated = {"lengths": watch.lengths._asdict(), "prediction_errors": watch.errors()}
-        told = candidates_json(candidates, shape, budget, config.target)
-        print_json(told | {"corners": rows} | stated)
-        return
+    found = corners(budget, timed, config.axes, config.target, points=points, search=search)
+    verdict = verdict_of(found, limits_of(budget, timed))
+    watch = as_measured(budget, stopwatch(limit, timed, verdict.lane), shape)
+    return budget.timed_by(watch), {"corners": found, "verdict": verdict, "watch": watch}
+
+
+def _corners_json(found: dict[str, Any]) -> dict[str, Any]:
+    from trt_kd.stages.corners import told
+
+    if not found:
+        return {}
+    watch = found["watch"]
+    stated = {"lengths": watch.lengths._asdict(), "prediction_errors": watch.errors()}
+    return told(found["corners"], found["verdict"]) | stated
+
+
+def _print_corners(found: dict[str, Any]) -> None:
+    watch = found["watch"]
     errors = ", ".join(f"{metric} {share:.1%}" for metric, share in watch.errors().items())
-    print(f"{table(corner_rows(found))}\n")
+    print(f"{table(corner_rows(found['corners']))}\n\n{found['verdict'].words}\n")
     print(
-        f"batch size {limit.batch}, {watch.lengths} tokens; predictions off by {errors} (median)\n"
+        f"batch size {watch.limit.batch}, {watch.lengths} tokens; "
+        f"predictions off by {errors} (median)\n"
     )
-    print_candidates(candidates, shape, budget, config.target)
 
 
 def corner_rows(found: "Sequence[Corner]") -> list[list[str]]:
@@ -111,30 +161,37 @@ def corner_rows(found: "Sequence[Corner]") -> list[list[str]]:
     from trt_kd.pruning.budget import amount
 
     names = list(found[0].costs)
-    rows = [["lane", "sizes", *names, "fits"]]
+    rows = [["lane", "sizes", *names, "nats", "fits"]]
     for one in found:
-        told = [amount(name, one.costs[name]) for name in names]
-        rows.append([one.lane, one.name, *told, "yes" if one.fits else "no"])
+        costs = [amount(name, one.costs[name]) if one.costs else "-" for name in names]
+        nats = "-" if one.nats is None else f"{one.nats:.3f}"
+        rows.append([one.lane, one.name, *costs, nats, "yes" if one.fits else "no"])
     return rows
 
 
 def candidate_rows(
-    candidates: "Sequence[Candidate]", shape: "ModelShape", budget: "Budget | None" = None
+    candidates: "Sequence[Candidate]",
+    shape: "ModelShape",
+    budget: "Budget | None" = None,
+    nats: "Sequence[float] | None" = None,
 ) -> list[list[str]]:
-    """Rows of the table, the heading first: sizes, parameters, share, memory, legality."""
+    """Rows of the table, the heading first: sizes, parameters, share, memory, cost, legality."""
     from trt_kd.pruning.budget import MB
 
     names = list(dict.fromkeys(name for one in candidates for name in one.changed))
     active = ["active"] if shape.experts else []
     watch = budget.stopwatch if budget is not None else None
     times = list(watch.limits()) if watch else []
-    rows = [[*names, "parameters", *active, "share", "memory MB", *times, "legal"]]
-    for one in candidates:
+    rows = [[*names, "parameters", *active, "share", "memory MB", *times]]
+    rows[0] += ["nats", "legal"] if nats is not None else ["legal"]
+    for number, one in enumerate(candidates):
         sizes = [str(getattr(one.shape, name)) for name in names]
         counts = [f"{one.parameters:,}"] + ([f"{one.active_parameters:,}"] if active else [])
         memory = f"{one.memory_bytes / MB:,.1f}"
         ms = watch.values(one.shape) if watch else {}
         told = [f"{ms[name]:,.2f}" for name in times]
+        if nats is not None:
+            told.append(f"{nats[number]:.3f}")
         rows.append([*sizes, *counts, f"{one.share:.1%}", memory, *told, legality(one)])
     return rows
 
@@ -151,7 +208,12 @@ def legality(candidate: "Candidate") -> str:
 
 
 def candidates_json(
-    candidates: "Sequence[Candidate]", shape: "ModelShape", budget: "Budget", target: "Target"
+    candidates: "Sequence[Candidate]",
+    shape: "ModelShape",
+    budget: "Budget",
+    target: "Target",
+    *,
+    nats: "Sequence[float] | None" = None,
 ) -> dict[str, Any]:
     """Everything about the candidates, for a program to read."""
     return {
@@ -167,6 +229,7 @@ def candidates_json(
                 "active_parameters": one.active_parameters,
                 "share": one.share,
                 "memory_bytes": one.memory_bytes,
+                "predicted_nats": None if nats is None else nats[number],
                 "costs": {name: float(cost) for name, cost in budget.values(one.shape).items()},
                 "violations": [
                     {
@@ -181,7 +244,7 @@ def candidates_json(
                     for found in one.violations
                 ],
             }
-            for one in candidates
+            for number, one in enumerate(candidates)
         ],
     }
 

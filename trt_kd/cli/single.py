@@ -96,14 +96,11 @@ def prune(
         from trt_kd.cli.candidates import dry_run as list_candidates
         from trt_kd.pruning.candidates import SearchSpace
 
-        if out is not None:
-            raise ConfigError("--dry-run writes nothing", hint="leave out --out")
+        _no_out(out)
         space = validated(SearchSpace, settings, config, "prune")
         list_candidates(space, inputs["source"], table=inputs.get("latency"), as_json=as_json)
         return
-    if out is None:
-        raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
-    _run("prune", settings, config, out, as_json, inputs)
+    _run("prune", settings, config, _out_or_dry(out), as_json, inputs)
 
 
 def search(
@@ -119,16 +116,34 @@ def search(
             show_default=False,
         ),
     ],
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new artifact.")] = None,
     config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say whether pruning pays and rank; cut nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune to the best sizes. Example: trt-kd search --source t --scores sc --out p SETTINGS.
 
     Settings are those of prune, axes without a size: 'axes=[ffn, heads, depth]' budget.params=80%
     By time: --latency TABLE 'budget.latency={itl_ms: 70%, batch: 4}'
+    Does pruning pay at all: the same with --dry-run instead of --out.
     """
-    _run("prune", settings, config, out, as_json, _by_kind(given))
+    from trt_kd.cli.candidates import ranking
+    from trt_kd.stages.corners import PruningDoesNotPayError, told
+    from trt_kd.stages.prune import PruneConfig
+
+    inputs = _by_kind(given)
+    if dry_run:
+        _no_out(out)
+        ranking(validated(PruneConfig, settings, config, "prune"), inputs, as_json=as_json)
+        return
+    try:
+        _run("prune", settings, config, _out_or_dry(out), as_json, inputs)
+    except PruningDoesNotPayError as error:
+        if as_json:
+            print_json(told(error.corners, error.verdict))
+        raise
 
 
 def generate(
@@ -227,6 +242,17 @@ def report(
 ) -> None:
     """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
     _run("report", settings, config, out, as_json, roles_of(inputs))
+
+
+def _no_out(out: Path | None) -> None:
+    if out is not None:
+        raise ConfigError("--dry-run writes nothing", hint="leave out --out")
+
+
+def _out_or_dry(out: Path | None) -> Path:
+    if out is None:
+        raise ConfigError("where to?", hint="give --out FOLDER, or --dry-run to look first")
+    return out
 
 
 def _by_kind(folders: list[Path]) -> dict[str, Path]:

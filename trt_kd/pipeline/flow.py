@@ -6,12 +6,13 @@ student, and the student quantized; a corrected teacher is a seventh. All are he
 teacher as it was imported.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from trt_kd.config import StageConfig
 from trt_kd.pipeline.recipe import ExportSpec, Recipe
 from trt_kd.pruning.search import open_axes
+from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.export import ExportConfig
 from trt_kd.stages.prune import PruneConfig
 from trt_kd.stages.report import ReportConfig
@@ -44,6 +45,33 @@ def steps(recipe: Recipe) -> list[Step]:
         made.append(Step("benchmark", recipe.benchmark, timed_roles(recipe)))
     made.append(_report(recipe, made))
     return made
+
+
+def without_cut(made: Sequence[Step], why: str) -> list[Step]:
+    """The steps of ``made`` that do not build on what would have been pruned.
+
+    The unpruned model is still exported, measured and reported; ``why`` stands on the report.
+    """
+    gone, left = {"pruned"}, []
+    for step in made:
+        inputs = {role: name for role, name in step.inputs.items() if name not in gone}
+        if step.name in gone or (
+            len(inputs) < len(step.inputs) and step.stage not in ("benchmark", "report")
+        ):
+            gone.add(step.name)
+            continue
+        left.append(replace(step, config=_narrowed(step.config, inputs, why), inputs=inputs))
+    return left
+
+
+def _narrowed(config: StageConfig, inputs: Mapping[str, str], why: str) -> StageConfig:
+    """``config`` without the runtimes of variants that are gone; a report says ``why``."""
+    if isinstance(config, BenchmarkConfig):
+        backends = {name: each for name, each in config.backends.items() if name in inputs}
+        return config.model_copy(update={"backends": backends})
+    if isinstance(config, ReportConfig):
+        return config.model_copy(update={"notes": [*config.notes, why]})
+    return config
 
 
 def _training(recipe: Recipe) -> Iterator[Step]:

@@ -3,7 +3,7 @@
 Nothing here loads a model: what can be refused from settings and ``config.json`` is refused now.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,16 +63,22 @@ def make_plan(recipe: Recipe, root: Path) -> Plan:
     shapes = planned_shapes(recipe)
     if shapes.teacher is not None:
         check(recipe, shapes)
+    planned = planned_steps(steps(recipe), root, shapes)
+    return Plan(root, planned, shapes, tuple(_gaps(recipe, shapes)))
+
+
+def planned_steps(made: Sequence[Step], root: Path, shapes: Shapes) -> list[PlannedStep]:
+    """Every step of ``made`` with its key, its state below ``root`` and what it will cost."""
     keys: dict[str, str] = {}
     planned = []
-    for step in steps(recipe):
+    for step in made:
         inputs = {role: keys[name] for role, name in step.inputs.items()}
         keys[step.name] = work_key(step.config, inputs)
         out = root / step.name
         state = _state(out, keys[step.name])
         cost = estimate(step, shapes)
         planned.append(PlannedStep(step, keys[step.name], state, out, cost))
-    return Plan(root, planned, shapes, tuple(_gaps(recipe, shapes)))
+    return planned
 
 
 def planned_shapes(recipe: Recipe) -> Shapes:

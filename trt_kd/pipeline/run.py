@@ -3,7 +3,7 @@
 import gc
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -11,10 +11,12 @@ from time import perf_counter
 from trt_kd.artifacts import MANIFEST, Artifact
 from trt_kd.errors import ArtifactError, TrtKdError
 from trt_kd.pipeline.estimate import free_bytes
-from trt_kd.pipeline.plan import Plan, PlannedStep, make_plan, superseded
+from trt_kd.pipeline.flow import without_cut
+from trt_kd.pipeline.plan import Plan, PlannedStep, make_plan, planned_steps, superseded
 from trt_kd.pipeline.recipe import Recipe
 from trt_kd.pipeline.stages import STAGES
 from trt_kd.seeding import seed_everything
+from trt_kd.stages.corners import PruningDoesNotPayError
 from trt_kd.training.distributed import require_one_process
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     """Bring every step of ``recipe`` below ``root`` to "done"; return the artifacts by step.
+
+    Where pruning does not pay, the steps that build on the pruned model are left out and the report
+    says why.
 
     Raises:
         ConfigError: if a launcher started several processes.
@@ -31,12 +36,22 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     check_disk(plan)
     for warning in plan.warnings:
         log.warning("%s", warning)
+    with locked(root):
+        try:
+            return _bring_all(plan.steps)
+        except PruningDoesNotPayError as error:
+            why = f"{error.told}. Nothing was pruned."
+        log.warning("%s", why)
+        left = without_cut([planned.step for planned in plan.steps], why)
+        return _bring_all(planned_steps(left, root, plan.shapes))
+
+
+def _bring_all(steps: Sequence[PlannedStep]) -> dict[str, Artifact]:
     done: dict[str, Artifact] = {}
     verified: set[str] = set()
-    with locked(root):
-        for number, planned in enumerate(plan.steps, start=1):
-            where = f"[{number}/{len(plan.steps)}] {planned.step.name}"
-            done[planned.step.name] = _bring(planned, done, verified, where=where)
+    for number, planned in enumerate(steps, start=1):
+        where = f"[{number}/{len(steps)}] {planned.step.name}"
+        done[planned.step.name] = _bring(planned, done, verified, where=where)
     return done
 
 
@@ -89,6 +104,8 @@ def _bring(
     seed_everything(getattr(planned.step.config, "seed", 0))
     try:
         artifact = STAGES[planned.step.stage].run(planned.step.config, out=planned.out, **inputs)
+    except PruningDoesNotPayError:
+        raise
     except BaseException:
         log.error("%s: failed after %.0f s", where, perf_counter() - start)
         raise

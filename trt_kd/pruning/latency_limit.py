@@ -36,7 +36,11 @@ Limit = Annotated[float | str | None, BeforeValidator(_number)]
 
 
 class LatencyLimit(StrictModel):
-    """Limits on time; a model fits if it keeps every one that is given."""
+    """Limits on time; a model fits if it keeps every one that is given.
+
+    Percentages count from the unpruned model in ``lane``, or else in the table's first lane, so
+    that they ask the same of every lane.
+    """
 
     itl_ms: Limit = None
     """Longest inter-token latency: milliseconds, or a percentage of the unpruned model's."""
@@ -90,6 +94,8 @@ class Stopwatch:
     """Those that the limit means."""
     slower: Mapping[str, float] = field(default_factory=dict)
     """By the name of a limit, how many times more than predicted the runtime turned out to take."""
+    reference: LatencyModel | None = None
+    """Of the lane whose unpruned model percentages count from; None for this one."""
 
     @property
     def lane(self) -> str:
@@ -98,12 +104,31 @@ class Stopwatch:
 
     def limits(self) -> dict[str, float]:
         """Milliseconds at most, by name; shares count from what the unpruned model measured."""
-        return absolute(self.limit, self.before())
+        return _absolute(self.limit, self._measured(self.reference or self.model))
+
+    def limits_beside(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Milliseconds at most where the unpruned model now takes ``before`` in this lane.
+
+        Shares follow it, as the machine may be faster or slower than for the table.
+        """
+        then, limits = self.before(), self.limits()
+        return {
+            name: limits[name] * (before[name] / then[name] if self.is_share(name) else 1.0)
+            for name in limits
+        }
+
+    def is_share(self, name: str) -> bool:
+        """Whether the limit of that name was given as a percentage."""
+        given = self.limit.tokens_per_s if name == TOKEN_MS else getattr(self.limit, name)
+        return share_of(given) is not None
 
     def before(self) -> dict[str, float]:
         """Measured milliseconds of the unpruned model, by name."""
+        return self._measured(self.model)
+
+    def _measured(self, model: LatencyModel) -> dict[str, float]:
         batch = self.limit.batch
-        return self._named({m: self.model.measured(m, batch) for m in self._metrics()})
+        return self._named({m: model.measured(m, batch) for m in self._metrics()})
 
     def values(self, shape: ModelShape) -> dict[str, Any]:
         """Predicted milliseconds of ``shape``, of numbers or arrays, by the name of every limit."""
@@ -140,7 +165,7 @@ def costs(limit: LatencyLimit, ms: dict[Metric, Any], output_tokens: int) -> dic
     return found
 
 
-def absolute(limit: LatencyLimit, before: dict[str, float]) -> dict[str, float]:
+def _absolute(limit: LatencyLimit, before: dict[str, float]) -> dict[str, float]:
     """Milliseconds at most by name, where the unpruned model took ``before``."""
     found: dict[str, float] = {}
     for name in before:
@@ -155,6 +180,14 @@ def absolute(limit: LatencyLimit, before: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def faster(limit: LatencyLimit, before: Mapping[str, float]) -> LatencyLimit:
+    """``limit`` with what asks for no more than its ``min_speedup`` beside ``before``."""
+    asked = {name: ms / limit.min_speedup for name, ms in before.items() if name != TOKEN_MS}
+    if TOKEN_MS in before:
+        asked["tokens_per_s"] = 1000 * limit.min_speedup / before[TOKEN_MS]
+    return limit.model_copy(update=asked)
+
+
 def stopwatch(limit: LatencyLimit, table: LatencyTable, lane: str) -> Stopwatch:
     """Hold ``limit`` against the lane ``lane`` of ``table``.
 
@@ -162,7 +195,13 @@ def stopwatch(limit: LatencyLimit, table: LatencyTable, lane: str) -> Stopwatch:
         ConfigError: if the table has no such lane, or not one pair of the lengths that are meant.
         ModelError: if its batch sizes do not reach the limit's.
     """
+    first = limit.lane or next(iter(table.lanes))
     lengths = limit.lengths(table.lengths)
-    made = Stopwatch(limit, table.model(lane, limit.percentile, lengths=lengths), lengths)
+    made = Stopwatch(
+        limit,
+        table.model(lane, limit.percentile, lengths=lengths),
+        lengths,
+        reference=table.model(first, limit.percentile, lengths=lengths),
+    )
     made.before()
     return made

@@ -1,7 +1,7 @@
 """What a limit on time did to the choice of sizes, in tables."""
 
-from trt_kd.reporting.formatting import significant, times
-from trt_kd.reporting.search_model import SizeSearch
+from trt_kd.reporting.formatting import MISSING, significant, times
+from trt_kd.reporting.search_model import CornerRecord, SizeSearch, TimeLimit
 from trt_kd.reporting.tables import Cell, Row, Table
 
 NAMES = {"itl_ms": "ITL (ms)", "ttft_ms": "TTFT (ms)", "token_ms": "Per output token (ms)"}
@@ -18,11 +18,11 @@ def corners(search: SizeSearch) -> Table:
             one.lane,
             [
                 Cell(one.name),
-                *(Cell(significant(one.costs[name])) for name in names),
+                *(Cell(significant(one.costs[name]) if one.costs else MISSING) for name in names),
                 Cell("" if one.nats is None else significant(one.nats)),
                 Cell("yes" if one.fits else "no"),
             ],
-            detail="searched" if one.fits and one.lane == search.latency.lane else "",
+            detail="searched" if _is_chosen(one, search.latency) else "",
         )
         for one in search.latency.corners
     ]
@@ -43,8 +43,16 @@ def corners(search: SizeSearch) -> Table:
         rows,
         f"Batch size {asked['batch']}{lengths}; {limits}. Times of the unpruned model are "
         f"measured, the others predicted (median error: {errors}); divergence adds up what format "
-        "and cut cost.",
+        "and cut cost before any training. A lane that fits unpruned is pruned as little as gains "
+        "anything.",
     )
+
+
+def _is_chosen(one: CornerRecord, limit: TimeLimit) -> bool:
+    """Whether the verdict names this corner; in older records, whether its lane was searched."""
+    if limit.verdict is None:
+        return one.fits and one.lane == limit.lane
+    return (one.lane, one.name) == (limit.verdict.lane, limit.verdict.name)
 
 
 def timed(search: SizeSearch) -> Table:

@@ -101,9 +101,23 @@ class CornerRecord(Record):
     fits: bool
     """Whether it keeps every limit."""
     costs: dict[str, float]
-    """Milliseconds by the name of every limit; of the unpruned model measured, else predicted."""
+    """Milliseconds by the name of every limit; of the unpruned model measured, else predicted;
+    empty where the lane cannot be pruned to the limit."""
     nats: float | None
     """Divergence that format and cut add up to, in nats per token; null without scores."""
+
+
+class VerdictRecord(Record):
+    """Which corner keeps the limits nearest to the unpruned model."""
+
+    pruning_pays: bool
+    """Whether that one is pruned."""
+    lane: str
+    """Its lane."""
+    name: str
+    """``unpruned``, or its sizes."""
+    words: str
+    """The same in a sentence or two."""
 
 
 class TimedCandidate(Record):
@@ -142,6 +156,8 @@ class TimeLimit(Record):
     """Median error of the table's predictions by metric, as a share."""
     corners: list[CornerRecord]
     """Every lane unpruned, then the best of every lane pruned."""
+    verdict: VerdictRecord | None = None
+    """Whether pruning pays; null in records that do not say."""
     tried: list[TimedCandidate]
     """Candidates that were timed, in order."""
 

@@ -10,6 +10,7 @@ from trt_kd.reporting.formatting import MISSING, bytes_text, fixed, signed, sign
 from trt_kd.reporting.search_model import Compared, MeasuredCandidate, SizeSearch
 from trt_kd.reporting.tables import Cell, Row, Table
 
+UNPRUNED = "unpruned"
 AGREEMENT = ((1.0, "the same"), (0.5, "much alike"), (-0.5, "hardly related"), (-1.0, "opposed"))
 """Words for two orders, from this Kendall's tau on."""
 
@@ -27,10 +28,28 @@ def first_choice(search: SizeSearch) -> str | None:
 
 
 def paragraphs(search: SizeSearch) -> list[str]:
-    """What was searched and what won, in a paragraph; the trained comparison in another."""
+    """Whether pruning pays, what was searched and what won, the trained comparison."""
     parts = [_counts(search), _winner(search), _predictions(search)]
-    found = [" ".join(part for part in parts if part), _against_first(search)]
+    found = [_pays(search), " ".join(part for part in parts if part), _against_first(search)]
     return [text for text in found if text]
+
+
+def _pays(search: SizeSearch) -> str:
+    """The verdict of the corners; their numbers stand in a table of their own."""
+    limit = search.latency
+    if limit is None or limit.verdict is None:
+        return ""
+    verdict = limit.verdict
+    if not verdict.pruning_pays:
+        return (
+            f"Pruning does not pay: the format alone keeps the limit in the lane {verdict.lane}, "
+            "and nothing that is pruned strays less."
+        )
+    fitting = [one.lane for one in limit.corners if one.fits and one.name == UNPRUNED]
+    why = "no lane keeps the limit unpruned"
+    if fitting:
+        why = f"unpruned, the limit is kept by {' and '.join(fitting)}, which strays further"
+    return f"Pruning pays: {why}. The sizes were searched in the lane {verdict.lane}."
 
 
 def _counts(search: SizeSearch) -> str:

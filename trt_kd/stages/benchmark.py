@@ -200,7 +200,7 @@ def measured(
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
     measure = _decoded if config.load_generator is None else _loaded
     with writing(out, kind="benchmark", config=config, inputs=variants) as draft:
-        conditions = {
+        conditions: dict[str, Any] = {
             "affinity": affinity(),
             "huge_pages": huge_pages(),
             "load_average_before": load_average(),
@@ -216,8 +216,11 @@ def measured(
         }
         if config.load_generator is not None:
             tool = config.load_generator
-            result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
-            result["load"]["served_here"] = tool.serves_here()
+            result["load"] = {
+                "tool": tool.kind,
+                "slo": dict(tool.limits()),
+                "served_here": tool.serves_here(),
+            }
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)

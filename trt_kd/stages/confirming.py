@@ -4,8 +4,9 @@ Predictions rank; before anything is spent on a candidate its sizes are timed on
 turns with the unpruned model, and those that miss the limit or gain too little are dropped.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,113 +17,35 @@ from trt_kd.config import build_plugin
 from trt_kd.errors import ConfigError, ModelError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
-from trt_kd.latency.table import Cell, LatencyTable, read_table
+from trt_kd.latency.table import Cell, read_table
 from trt_kd.pruning.base import Axis
-from trt_kd.pruning.budget import Budget, amount, limited
+from trt_kd.pruning.budget import Budget, limited
 from trt_kd.pruning.candidates import Candidate, possible
-from trt_kd.pruning.catalogue import Target
-from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, absolute, costs, stopwatch
-from trt_kd.pruning.search import Ranked, Search, name_of, open_axes, ranked
+from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, costs, stopwatch
+from trt_kd.pruning.search import Ranked, name_of, open_axes
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.pruning.sizes import settled
 from trt_kd.registry import Registry
 from trt_kd.stages.benchmark import BenchmarkConfig
+from trt_kd.stages.corners import (
+    Corner,
+    Verdict,
+    as_measured,
+    choose_corner,
+    corners,
+    limits_of,
+    told,
+)
 from trt_kd.stages.latency import LatencyConfig
 from trt_kd.stages.twins import CELLS, SOURCE, Stand, untested_export
 
 if TYPE_CHECKING:
     from trt_kd.stages.prune import PruneConfig
 
+log = logging.getLogger(__name__)
+
 ROUNDS = 4
 """Rounds of candidates that are timed before the search gives up."""
-
-
-@dataclass(frozen=True)
-class Corner:
-    """One way to the limit: a lane, unpruned or with the best sizes that are predicted to fit."""
-
-    lane: str
-    name: str
-    """``unpruned``, or the sizes."""
-    fits: bool
-    costs: dict[str, float]
-    """By the name of every limit; of the unpruned model measured, else predicted."""
-    nats: float | None
-    """Divergence from the unpruned model that format and cut add up to; None without scores."""
-
-
-def corners(
-    budget: Budget,
-    table: LatencyTable,
-    axes: Sequence[Axis],
-    target: Target,
-    *,
-    points: Sequence[Point] = (),
-    search: Search | None = None,
-) -> list[Corner]:
-    """Every lane unpruned, then the best of every lane pruned to the limits.
-
-    Raises:
-        ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
-        ModelError: if nothing in any lane keeps the limits.
-    """
-    budget, limit = limited(budget)
-    shape, opened = table.shape, open_axes(axes)
-    search = search or Search()
-    plain, pruned, refused = [], [], None
-    for lane in [limit.lane] if limit.lane else list(table.lanes):
-        watch = stopwatch(limit, table, lane)
-        within = budget.timed_by(watch)
-        kl_nats = table.lanes[lane].kl_nats
-        before = within.values(shape) | watch.before()
-        limits = within.limits(shape)
-        fits = all(cost <= limits[name] for name, cost in before.items())
-        if not fits and within.fits(shape, shape):
-            within = budget.timed_by(_as_measured(watch, shape))
-        plain.append(Corner(lane, "unpruned", fits, before, kl_nats))
-        if fits:
-            continue
-        try:
-            found = possible(axes, shape, within, target, slack=search.slack)
-            best = found[0]
-            nats = None
-            if points:
-                first = ranked(found, points, opened, search)[0]
-                best, nats = first.candidate, first.predicted_nats + kl_nats
-        except ModelError as error:
-            refused = error
-            continue
-        predicted = {name: float(value) for name, value in within.values(best.shape).items()}
-        pruned.append(Corner(lane, name_of(best.shape, opened), True, predicted, nats))
-    if refused is not None and not any(corner.fits for corner in plain + pruned):
-        raise refused
-    return plain + pruned
-
-
-def _as_measured(watch: Stopwatch, shape: ModelShape) -> Stopwatch:
-    """``watch`` with predictions that are as far off as that of the unpruned model."""
-    predicted = watch.values(shape)
-    slower = {name: ms / float(predicted[name]) for name, ms in watch.before().items()}
-    return replace(watch, slower=slower)
-
-
-def chosen_lane(found: Sequence[Corner]) -> str:
-    """Lane of the corner that fits and strays least.
-
-    Raises:
-        ModelError: if that one is unpruned: then there is nothing to prune for.
-    """
-    fitting = [corner for corner in found if corner.fits]
-    best = min(fitting, key=lambda one: one.nats if one.nats is not None else float("inf"))
-    if best.name == "unpruned":
-        told = " and ".join(amount(name, cost) for name, cost in best.costs.items())
-        raise ModelError(
-            f"the model fits the budget unpruned in the lane {best.lane}: {told}, "
-            f"{best.nats:.3g} nats off",
-            hint=f"export it with lane {best.lane} and leave out the pruning, or name another lane "
-            "as budget.latency.lane",
-        )
-    return best.lane
 
 
 @dataclass(frozen=True)
@@ -139,6 +62,7 @@ class Bench:
     axes: Sequence[Axis]
     work: Path
     corners: Sequence[Corner]
+    verdict: Verdict
     tried: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -182,7 +106,7 @@ class Bench:
         watch = self.watch
         return {
             "lane": watch.lane,
-            "corners": [asdict(corner) for corner in self.corners],
+            **told(self.corners, self.verdict),
             "limit": self.limit.model_dump(mode="json") | watch.lengths._asdict(),
             "limits": watch.limits(),
             "before": watch.before(),
@@ -199,9 +123,21 @@ class Bench:
         return self.budget.timed_by(replace(self.watch, slower=self._slower()))
 
     def _slower(self) -> dict[str, float]:
-        """How many times more than predicted the candidates took, beside the unpruned model."""
+        """How many times more than predicted the candidates took.
+
+        Beside the unpruned model where the limit is a share of its time, else by the clock.
+        """
         names = self.tried[0]["measured"] if self.tried else {}
-        return {name: median(one["over_predicted"][name] for one in self.tried) for name in names}
+        known = self.watch.slower
+        return {
+            name: known.get(name, 1.0) * median(self._over(name, one) for one in self.tried)
+            for name in names
+        }
+
+    def _over(self, name: str, row: Mapping[str, Any]) -> float:
+        if self.watch.is_share(name):
+            return float(row["over_predicted"][name])
+        return float(row["measured"][name] / row["predicted"][name])
 
     def _round(self, number: int, batch: Sequence[Candidate]) -> dict[str, bool]:
         shapes = {self.name(one): one.shape for one in batch}
@@ -232,7 +168,7 @@ class Bench:
     def _judged(self, name: str, shape: ModelShape, cells: Mapping[str, Cell]) -> dict[str, Any]:
         """What a candidate took, held against the unpruned model of the same run."""
         measured, before = (self._costs(cells[one]) for one in (name, SOURCE))
-        limits = absolute(self.limit, before)
+        limits = self.watch.limits_beside(before)
         predicted, expected = self.watch.values(shape), self.watch.before()
         speedup = {cost: before[cost] / measured[cost] for cost in measured}
         verdict = "kept"
@@ -297,10 +233,14 @@ def bench_of(
         )
     search = config.searching
     found = corners(budget, table, config.axes, config.target, points=points, search=search)
-    lane = chosen_lane(found)
+    limits = limits_of(budget, table)
+    for corner in found:
+        log.info("%s, %s: %s", corner.lane, corner.name, corner.judged)
+    verdict = choose_corner(found, limits)
+    log.info("%s", verdict.words)
     registry: Registry[Any] = EXPORTERS
-    exporter: Any = build_plugin(registry, table.lanes[lane].lane)
-    watch = stopwatch(limit, table, lane)
+    exporter: Any = build_plugin(registry, table.lanes[verdict.lane].lane)
+    watch = as_measured(budget, stopwatch(limit, table, verdict.lane), table.shape)
     return Bench(
         budget=budget,
         watch=watch,
@@ -310,6 +250,7 @@ def bench_of(
         axes=config.axes,
         work=work,
         corners=found,
+        verdict=verdict,
     )
 
 

@@ -1,7 +1,9 @@
 """Prune a checkpoint: fewer MLP channels, a narrower residual stream, fewer layers."""
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -29,6 +31,7 @@ from trt_kd.pruning.search import Search, open_axes
 from trt_kd.pruning.sizes import check_axes, planned_shape
 from trt_kd.stages.choosing import Trial, choose
 from trt_kd.stages.confirming import in_time
+from trt_kd.stages.corners import PruningDoesNotPayError
 from trt_kd.stages.cutting import BATCH, cut_checkpoint
 
 # On a twin of two layers the embeddings weigh most of the model: its share has to stay near one.
@@ -234,6 +237,7 @@ def prune(
 
     Raises:
         ConfigError: if scores are missing for a search.
+        PruningDoesNotPayError: if a format alone keeps the limits on time.
         TrtKdError: if the model, the sizes or the text are unfit.
     """
     shape = read_shape(source.path)
@@ -261,16 +265,26 @@ def prune(
         draft.metrics["calibration_fingerprint"] = fingerprint(blocks)
         key = work_key(config, {role: artifact.key for role, artifact in inputs.items()})
         if config.searching and scores is not None:
-            work = claim_work(work_directory(out), key)
-            trial = Trial(config, source, shape, blocks, scores.path, work, latency)
-            draft.metrics |= choose(trial, draft.path)
+            with _work(out, key) as work:
+                trial = Trial(config, source, shape, blocks, scores.path, work, latency)
+                draft.metrics |= choose(trial, draft.path)
         else:
             if latency is not None:
-                work = claim_work(work_directory(out), key)
-                config, draft.metrics["latency"] = in_time(config, latency, source, work)
+                with _work(out, key) as work:
+                    config, draft.metrics["latency"] = in_time(config, latency, source, work)
             folder = scores.path if scores is not None else None
             draft.metrics |= cut_checkpoint(config, source.path, blocks, draft.path, scores=folder)
     return Artifact.open(out, expect="checkpoint")
+
+
+@contextmanager
+def _work(out: Path, key: str) -> Iterator[Path]:
+    """The work folder; where there is nothing to prune for, none is left to be resumed."""
+    try:
+        yield claim_work(work_directory(out), key)
+    except PruningDoesNotPayError:
+        shutil.rmtree(work_directory(out))
+        raise
 
 
 def _check_timed(config: PruneConfig, latency: Artifact | None) -> None:

@@ -1,0 +1,263 @@
+"""Ways to a limit on time: every lane, unpruned and pruned, and which of them pays.
+
+The unpruned model in every lane comes first, so that a format that is fast enough by itself is
+never passed over for a cut that would only cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trt_kd.architectures.shape import ModelShape
+from trt_kd.errors import ModelError
+from trt_kd.latency.table import LatencyTable
+from trt_kd.pruning.base import Axis
+from trt_kd.pruning.budget import Budget, amount, limited
+from trt_kd.pruning.candidates import possible
+from trt_kd.pruning.catalogue import Target
+from trt_kd.pruning.latency_limit import Stopwatch, faster, stopwatch
+from trt_kd.pruning.search import Search, name_of, open_axes, ranked
+from trt_kd.pruning.sensitivity import Point
+
+UNPRUNED = "unpruned"
+NO_SIZES = "no legal sizes"
+
+
+@dataclass(frozen=True)
+class Corner:
+    """One way to the limit: a lane, unpruned or with the best sizes that are predicted to fit."""
+
+    lane: str
+    name: str
+    """``unpruned``, the sizes, or ``no legal sizes`` where pruning does not get there."""
+    fits: bool
+    costs: dict[str, float]
+    """By the name of every limit; of the unpruned model measured, else predicted; empty where
+    there are no sizes."""
+    nats: float | None
+    """Divergence from the unpruned model that format and cut add up to; None without scores."""
+
+    @property
+    def words(self) -> str:
+        """Its costs, as in ``12.31 ms ITL, 0.208 nats off``."""
+        told = [amount(name, cost) for name, cost in self.costs.items()]
+        return ", ".join(told if self.nats is None else [*told, f"{self.nats:.3f} nats off"])
+
+    @property
+    def judged(self) -> str:
+        """The same, and whether it keeps the limits."""
+        if not self.costs:
+            return "cannot be pruned to the limit"
+        return f"{self.words}, {'fits' if self.fits else 'over the limit'}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which corner keeps the limits nearest to the unpruned model, and whether it is pruned."""
+
+    pruning_pays: bool
+    lane: str
+    name: str
+    """``unpruned``, or the sizes."""
+    words: str
+    """The same in a sentence or two, for a person."""
+
+
+class PruningDoesNotPayError(ModelError):
+    """A format alone keeps the limits, and no cut is known to stray less."""
+
+    def __init__(self, verdict: Verdict, found: Sequence[Corner]) -> None:
+        """``found`` are the corners behind ``verdict``."""
+        super().__init__(
+            verdict.words,
+            hint=f"export it with lane {verdict.lane} and leave out the pruning, or name another "
+            "lane as budget.latency.lane",
+        )
+        self.verdict = verdict
+        self.corners = tuple(found)
+
+    @property
+    def told(self) -> str:
+        """Verdict and corners in a line, for a report."""
+        every = "; ".join(f"{one.lane}, {one.name}: {one.judged}" for one in self.corners)
+        return f"{self.verdict.words[:1].upper()}{self.verdict.words[1:]} ({every})"
+
+
+def corners(
+    budget: Budget,
+    table: LatencyTable,
+    axes: Sequence[Axis],
+    target: Target,
+    *,
+    points: Sequence[Point] = (),
+    search: Search | None = None,
+) -> list[Corner]:
+    """Every lane unpruned, then the best of every lane pruned to the limits.
+
+    A lane that keeps the limits unpruned is pruned as little as its ``min_speedup`` asks for, to
+    show what a cut would cost there.
+
+    Raises:
+        ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
+        ModelError: if nothing in any lane keeps the limits.
+    """
+    budget, limit = limited(budget)
+    made = _Corners(budget, table, axes, target, points, search or Search())
+    lanes = [limit.lane] if limit.lane else list(table.lanes)
+    plain = [made.unpruned(lane) for lane in lanes]
+    pruned, refused = zip(*(made.pruned_if_legal(corner) for corner in plain), strict=True)
+    found = [*plain, *pruned]
+    errors = [error for error in refused if error is not None]
+    if errors and not any(corner.fits for corner in found):
+        raise errors[-1]
+    return found
+
+
+def limits_of(budget: Budget, table: LatencyTable) -> dict[str, float]:
+    """Limits by name that are the same in every lane of ``table``.
+
+    Raises:
+        ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
+    """
+    budget, limit = limited(budget)
+    lane = limit.lane or next(iter(table.lanes))
+    return budget.timed_by(stopwatch(limit, table, lane)).limits(table.shape)
+
+
+@dataclass(frozen=True)
+class _Corners:
+    budget: Budget
+    table: LatencyTable
+    axes: Sequence[Axis]
+    target: Target
+    points: Sequence[Point]
+    search: Search
+
+    def unpruned(self, lane: str) -> Corner:
+        """The unpruned model in ``lane``, as it was measured."""
+        watch, shape = self._watch(lane), self.table.shape
+        within = self.budget.timed_by(watch)
+        costs = within.values(shape) | watch.before()
+        limits = within.limits(shape)
+        fits = all(cost <= limits[name] for name, cost in costs.items())
+        return Corner(lane, UNPRUNED, fits, costs, self.table.lanes[lane].kl_nats)
+
+    def pruned_if_legal(self, plain: Corner) -> tuple[Corner, ModelError | None]:
+        """The lane of ``plain`` pruned, or that it has no sizes for it and why."""
+        try:
+            return self.pruned(plain), None
+        except ModelError as error:
+            return Corner(plain.lane, NO_SIZES, False, {}, None), error
+
+    def pruned(self, plain: Corner) -> Corner:
+        """The sizes nearest to the unpruned model that are predicted to keep the limits.
+
+        Raises:
+            ModelError: if there are none.
+        """
+        watch, shape = self._watch(plain.lane), self.table.shape
+        if plain.fits:
+            watch = _scaled(replace(watch, limit=faster(watch.limit, watch.before())), shape)
+        within = self.budget.timed_by(as_measured(self.budget, watch, shape))
+        found = possible(self.axes, shape, within, self.target, slack=self.search.slack)
+        best, nats, opened = found[0], None, open_axes(self.axes)
+        if self.points:
+            first = ranked(found, self.points, opened, self.search)[0]
+            best, nats = first.candidate, first.predicted_nats + (plain.nats or 0.0)
+        costs = {name: float(value) for name, value in within.values(best.shape).items()}
+        return Corner(plain.lane, name_of(best.shape, opened), True, costs, nats)
+
+    def _watch(self, lane: str) -> Stopwatch:
+        _, limit = limited(self.budget)
+        return stopwatch(limit, self.table, lane)
+
+
+def as_measured(budget: Budget, watch: Stopwatch, shape: ModelShape) -> Stopwatch:
+    """``watch``, scaled where the unpruned ``shape`` is predicted to keep what it measured over.
+
+    All predictions are then taken to be as far off as that one.
+    """
+    return _scaled(watch, shape) if budget.timed_by(watch).fits(shape, shape) else watch
+
+
+def _scaled(watch: Stopwatch, shape: ModelShape) -> Stopwatch:
+    """``watch`` with predictions that are as far off as that of the unpruned model."""
+    predicted = replace(watch, slower={}).values(shape)
+    slower = {name: ms / float(predicted[name]) for name, ms in watch.before().items()}
+    return replace(watch, slower=slower)
+
+
+def verdict_of(found: Sequence[Corner], limits: dict[str, float]) -> Verdict:
+    """Whether pruning pays: which of ``found`` keeps the limits and strays least.
+
+    Ties go to the corner that comes first, so to an unpruned one.
+
+    Args:
+        found: what ``corners`` found, of which at least one keeps the limits.
+        limits: by the name of every limit, for the sentence.
+    """
+    known = [corner for corner in found if corner.fits and corner.nats is not None]
+    best = min(known, key=lambda one: one.nats or 0.0) if known else _first_fitting(found)
+    pays = best.name != UNPRUNED
+    words = _pays(best, found, limits) if pays else _does_not_pay(best, found, limits)
+    return Verdict(pays, best.lane, best.name, words)
+
+
+def _first_fitting(found: Sequence[Corner]) -> Corner:
+    return next(corner for corner in found if corner.fits)
+
+
+def _pays(best: Corner, found: Sequence[Corner], limits: dict[str, float]) -> str:
+    plain = [corner for corner in found if corner.name == UNPRUNED]
+    told = "; ".join(f"{one.lane} {one.words}" for one in plain)
+    near = [one for one in plain if one.fits]
+    if near:
+        why = f"unpruned {told}, of which {_joined(near)} keeps {_words_of(limits)} but strays "
+        why += "further"
+    else:
+        why = f"no lane keeps {_words_of(limits)} unpruned ({told})"
+    return (
+        f"pruning pays: {why}; {best.lane} with {best.name} is predicted at {best.words}"
+        f"{' before any training' if best.nats is not None else ''}"
+    )
+
+
+def _does_not_pay(best: Corner, found: Sequence[Corner], limits: dict[str, float]) -> str:
+    alone = f"the format alone keeps {_words_of(limits)} in the lane {best.lane}, at {best.words}"
+    cut = [one for one in found if one.fits and one.name != UNPRUNED]
+    if any(one.nats is None for one in cut):
+        return f"pruning is not needed: {alone}; what a cut would cost is not known without scores"
+    words = f"pruning does not pay: {alone}"
+    if cut:
+        nearest = min(cut, key=lambda one: one.nats or 0.0)
+        words += f"; the best that is pruned, {nearest.lane} with {nearest.name}, is predicted at "
+        words += f"{nearest.words} before any training"
+    return words
+
+
+def _joined(found: Sequence[Corner]) -> str:
+    return " and ".join(one.lane for one in found)
+
+
+def _words_of(limits: dict[str, float]) -> str:
+    return f"the limit of {' and '.join(amount(name, value) for name, value in limits.items())}"
+
+
+def choose_corner(found: Sequence[Corner], limits: dict[str, float]) -> Verdict:
+    """The verdict where pruning pays.
+
+    Raises:
+        PruningDoesNotPayError: if the corner that keeps the limits and strays least is unpruned.
+    """
+    verdict = verdict_of(found, limits)
+    if not verdict.pruning_pays:
+        raise PruningDoesNotPayError(verdict, found)
+    return verdict
+
+
+def told(found: Sequence[Corner], verdict: Verdict) -> dict[str, Any]:
+    """Both, for a program to read."""
+    return {
+        "verdict": asdict(verdict),
+        "corners": [asdict(corner) for corner in found],
+    }
