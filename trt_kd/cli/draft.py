@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trt_kd.cli.console import print_json, table
-from trt_kd.cli.single import Config, Out, Settings, run_stage
+from trt_kd.cli.staging import Config, Out, Settings, run_stage
 
 if TYPE_CHECKING:
     from trt_kd.evaluation.drafting import Drafted

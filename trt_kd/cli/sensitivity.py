@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trt_kd.cli.console import duration, print_json, size, table
-from trt_kd.cli.single import JsonOption, Settings, Source, run_stage, validated
+from trt_kd.cli.staging import JsonOption, Settings, Source, run_stage, validated
 from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,41 +1,31 @@
 """Every stage as its own command: artifacts in, one artifact out."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from trt_kd.cli.console import print_json
+from trt_kd.cli.staging import (
+    Config,
+    Inputs,
+    JsonOption,
+    Out,
+    Settings,
+    Source,
+    Teacher,
+    make,
+    roles_of,
+    validated,
+)
 from trt_kd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trt_kd.artifacts import Artifact
-    from trt_kd.config import StrictModel
-
-M = TypeVar("M", bound="StrictModel")
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings, such as steps=20.", show_default=False),
-]
-Config = Annotated[
-    Path | None, typer.Option(help="YAML file with the stage's settings.", show_default=False)
-]
-Out = Annotated[Path, typer.Option(help="Folder of the new artifact.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
-Source = Annotated[Path, typer.Option(help="Artifact to start from.", show_default=False)]
-Teacher = Annotated[Path, typer.Option(help="Checkpoint of the teacher.", show_default=False)]
-Inputs = Annotated[
-    list[str],
-    typer.Option("--input", help="ROLE=FOLDER, once for each artifact.", show_default=False),
-]
 
 
 def import_model(
     settings: Settings = None, *, out: Out, config: Config = None, as_json: JsonOption = False
 ) -> None:
     """Import a model. Example: trt-kd import source=hf:Qwen/Qwen3-0.6B --out runs/qwen."""
-    _run("import", settings, config, out, as_json, {})
+    make("import", settings, config, out, as_json, {})
 
 
 def score(
@@ -47,7 +37,7 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Score for searches. Example: trt-kd score --source t --out sc 'axes=[ffn, heads, depth]'."""
-    _run("score", settings, config, out, as_json, {"source": source})
+    make("score", settings, config, out, as_json, {"source": source})
 
 
 def latency_table(
@@ -63,7 +53,7 @@ def latency_table(
     SETTINGS: 'axes=[ffn, depth]' 'lanes={int4: ort-genai}' 'batch_sizes=[1, 4]'
     Then give it as --latency to trt-kd prune or search, with budget.latency.
     """
-    _run("latency", settings, config, out, as_json, {"source": source})
+    make("latency", settings, config, out, as_json, {"source": source})
 
 
 def prune(
@@ -100,7 +90,7 @@ def prune(
         space = validated(SearchSpace, settings, config, "prune")
         list_candidates(space, inputs["source"], table=inputs.get("latency"), as_json=as_json)
         return
-    _run("prune", settings, config, _out_or_dry(out), as_json, inputs)
+    make("prune", settings, config, _out_or_dry(out), as_json, inputs)
 
 
 def search(
@@ -139,7 +129,7 @@ def search(
         ranking(validated(PruneConfig, settings, config, "prune"), inputs, as_json=as_json)
         return
     try:
-        _run("prune", settings, config, _out_or_dry(out), as_json, inputs)
+        make("prune", settings, config, _out_or_dry(out), as_json, inputs)
     except PruningDoesNotPayError as error:
         if as_json:
             print_json(told(error.corners, error.verdict))
@@ -159,7 +149,7 @@ def generate(
     Then: trt-kd distill --teacher t --student p --out s SETTINGS, of which one is
     'data.source={kind: generated, artifact: g}'
     """
-    _run("generate", settings, config, out, as_json, {"teacher": teacher})
+    make("generate", settings, config, out, as_json, {"teacher": teacher})
 
 
 def distill(
@@ -176,7 +166,7 @@ def distill(
     On several GPUs: torchrun --nproc-per-node 8 -m trt_kd.cli distill ... gradient_accumulation=8
     """
     inputs = {"student": student} | ({"teacher": teacher} if teacher else {})
-    _run("distill", settings, config, out, as_json, inputs)
+    make("distill", settings, config, out, as_json, inputs)
 
 
 def quantize(
@@ -192,7 +182,7 @@ def quantize(
     With a cache in FP8: trt-kd quantize --source s --out q 'format={kind: fp8, kv_cache: fp8}'
     Then train it: trt-kd quantize --source s --out q format=int4_awq train.steps=200
     """
-    _run("quantize", settings, config, out, as_json, {"source": source})
+    make("quantize", settings, config, out, as_json, {"source": source})
 
 
 def export(
@@ -216,7 +206,7 @@ def export(
         given = _with_chosen_lane(given, config, source)
     elif lane is not None:
         given.append(f"lane={lane}")
-    _run("export", given, config, out, as_json, {"source": source})
+    make("export", given, config, out, as_json, {"source": source})
 
 
 def evaluate(
@@ -229,7 +219,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate. Example: trt-kd evaluate --model e --teacher t --out v items=100."""
-    _run("evaluate", settings, config, out, as_json, {"model": model, "teacher": teacher})
+    make("evaluate", settings, config, out, as_json, {"model": model, "teacher": teacher})
 
 
 def report(
@@ -241,7 +231,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a report. Example: trt-kd report --input teacher.model=t --input benchmark=b."""
-    _run("report", settings, config, out, as_json, roles_of(inputs))
+    make("report", settings, config, out, as_json, roles_of(inputs))
 
 
 def _no_out(out: Path | None) -> None:
@@ -292,72 +282,3 @@ def _with_chosen_lane(settings: list[str], config: Path | None, source: Path) ->
     for line in choice.explanation():
         print(line, file=sys.stderr)
     return [*rest, f"lane={choice.lane.kind}"]
-
-
-def roles_of(inputs: list[str]) -> dict[str, Path]:
-    """Folders by role."""
-    roles = {}
-    for text in inputs:
-        role, equals, folder = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--input {text!r} is not ROLE=FOLDER", hint="write role=folder")
-        roles[role] = Path(folder)
-    return roles
-
-
-def validated(model: type[M], settings: list[str] | None, config: Path | None, name: str) -> M:
-    """Settings from a file and the command line."""
-    from trt_kd.config import apply_overrides, read_yaml, validate
-
-    given = apply_overrides(read_yaml(config) if config else {}, settings or [])
-    return validate(model, given, where=str(config or name))
-
-
-def run_stage(
-    name: str,
-    settings: list[str] | None,
-    config: Path | None,
-    out: Path,
-    inputs: dict[str, Path],
-) -> "Artifact":
-    """Run one stage; where several processes train, every one of them gets the result."""
-    from trt_kd.artifacts import Artifact
-    from trt_kd.pipeline.run import locked
-    from trt_kd.pipeline.stages import STAGES
-    from trt_kd.seeding import seed_everything
-    from trt_kd.training.distributed import launched, require_one_process
-
-    rank, _ = launched()
-    if name != "distill":
-        require_one_process(f"trt-kd {name}")
-    stage = STAGES[name]
-    given = validated(stage.config_class(), settings, config, name)
-    artifacts = {role: Artifact.open(path) for role, path in inputs.items()}
-    for artifact in artifacts.values():
-        artifact.verify()
-    seed_everything(getattr(given, "seed", 0))
-    with locked(out.absolute().parent) if rank == 0 else nullcontext():
-        return stage.run(given, out=out, **artifacts)
-
-
-def _run(
-    name: str,
-    settings: list[str] | None,
-    config: Path | None,
-    out: Path,
-    as_json: bool,
-    inputs: dict[str, Path],
-) -> None:
-    from trt_kd.training.distributed import launched
-
-    made = run_stage(name, settings, config, out, inputs)
-    rank, _ = launched()
-    if rank:
-        return
-    if as_json:
-        print_json(made.manifest.model_dump(mode="json"))
-        return
-    print(f"{made.manifest.kind} {made.key[:12]} in {out}")
-    for metric, value in made.metrics.items():
-        if isinstance(value, int | float | str):
-            print(f"  {metric}: {value}")

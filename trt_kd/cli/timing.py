@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trt_kd.cli.console import print_json, table
-from trt_kd.cli.single import Config, JsonOption, Settings, roles_of, run_stage
+from trt_kd.cli.staging import Config, JsonOption, Settings, roles_of, run_stage
 from trt_kd.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 from trt_kd.artifacts import MANIFEST, Artifact
+from trt_kd.config import StageConfig
 from trt_kd.errors import ArtifactError, TrtKdError
 from trt_kd.pipeline.estimate import free_bytes
 from trt_kd.pipeline.flow import without_cut
@@ -48,7 +49,7 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
 
 def _bring_all(steps: Sequence[PlannedStep]) -> dict[str, Artifact]:
     done: dict[str, Artifact] = {}
-    verified: set[str] = set()
+    verified: set[Path] = set()
     for number, planned in enumerate(steps, start=1):
         where = f"[{number}/{len(steps)}] {planned.step.name}"
         done[planned.step.name] = _bring(planned, done, verified, where=where)
@@ -82,7 +83,7 @@ def check_disk(plan: Plan) -> None:
 
 
 def _bring(
-    planned: PlannedStep, done: Mapping[str, Artifact], verified: set[str], *, where: str
+    planned: PlannedStep, done: Mapping[str, Artifact], verified: set[Path], *, where: str
 ) -> Artifact:
     """Return the artifact of one step, from disk or from work."""
     if planned.state == "done":
@@ -94,16 +95,12 @@ def _bring(
         kept.rename(planned.out)
         log.info("%s: restored", where)
         return Artifact.open(planned.out)
-    inputs = {role: done[name] for role, name in planned.step.inputs.items()}
-    for artifact in inputs.values():
-        if artifact.key not in verified:
-            artifact.verify()
-            verified.add(artifact.key)
-    log.info("%s: %s", where, STAGES[planned.step.stage].summary)
+    step = planned.step
+    inputs = {role: done[name] for role, name in step.inputs.items()}
+    log.info("%s: %s", where, STAGES[step.stage].summary)
     start = perf_counter()
-    seed_everything(getattr(planned.step.config, "seed", 0))
     try:
-        artifact = STAGES[planned.step.stage].run(planned.step.config, out=planned.out, **inputs)
+        artifact = perform(step.stage, step.config, planned.out, inputs, verified)
     except PruningDoesNotPayError:
         raise
     except BaseException:
@@ -113,6 +110,28 @@ def _bring(
     gc.freeze()  # what is left are libraries; later collections need not walk through them
     log.info("%s: %.0f s", where, perf_counter() - start)
     return artifact
+
+
+def perform(
+    stage: str,
+    config: StageConfig,
+    out: Path,
+    inputs: Mapping[str, Artifact],
+    verified: set[Path],
+) -> Artifact:
+    """Run one stage from its own seed, on inputs that are as their stages left them.
+
+    ``verified`` holds the folders that need not be digested again; it grows.
+
+    Raises:
+        ArtifactError: if an input was changed.
+    """
+    for artifact in inputs.values():
+        if artifact.path not in verified:
+            artifact.verify()
+            verified.add(artifact.path)
+    seed_everything(getattr(config, "seed", 0))
+    return STAGES[stage].run(config, out=out, **inputs)
 
 
 def _make_room(out: Path) -> None:
