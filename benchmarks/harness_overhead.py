@@ -29,7 +29,7 @@ from trt_kd.backends.interleaved import interleave
 from trt_kd.backends.worker import Worker
 from trt_kd.errors import TrtKdError
 from trt_kd.measuring.clock import Workload, measure_steps
-from trt_kd.measuring.machine import affinity, huge_pages, load_average
+from trt_kd.measuring.machine import conditions, load_average
 from trt_kd.measuring.metrics import of_steps
 from trt_kd.measuring.rounds import Rounds
 from trt_kd.measuring.statistics import median, ratio_interval
@@ -77,8 +77,7 @@ def measure(given: argparse.Namespace, directories: dict[str, Path]) -> dict[str
     itself = against_itself(name, folder, workload, given, found[name]["vocab_size"])
     return {
         "hardware": environment(),
-        "affinity": affinity(),
-        "huge_pages": huge_pages(),
+        **conditions(),
         "load_average": load_average(),
         "workload": workload.model_dump(),
         "itl_ratio": {name: each["ratio"] for name, each in found.items()},

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -39,6 +40,11 @@ def available_cores() -> int:
 def affinity() -> list[int] | None:
     """Numbers of the cores this process may use; None where the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def conditions() -> dict[str, Any]:
+    """What of the machine bears on every time measured: cores and pages."""
+    return {"affinity": affinity(), "huge_pages": huge_pages()}
 
 
 def load_average() -> float | None:

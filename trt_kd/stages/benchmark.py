@@ -49,7 +49,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks, tokenizer_di
 from trt_kd.errors import ConfigError
 from trt_kd.measuring.clock import Workload, measure_call
 from trt_kd.measuring.gpu import GpuWatch, mark_unequal_throttling
-from trt_kd.measuring.machine import affinity, huge_pages, load_average
+from trt_kd.measuring.machine import conditions, load_average
 from trt_kd.measuring.metrics import DEFINITIONS
 from trt_kd.measuring.roofline import Peaks, decode_floor, measure_peaks, prefill_floor
 from trt_kd.measuring.rounds import Rounds
@@ -200,27 +200,20 @@ def measured(
         raise ConfigError("a benchmark needs at least one variant", hint="name a checkpoint")
     measure = _decoded if config.load_generator is None else _loaded
     with writing(out, kind="benchmark", config=config, inputs=variants) as draft:
-        conditions: dict[str, Any] = {
-            "affinity": affinity(),
-            "huge_pages": huge_pages(),
-            "load_average_before": load_average(),
-        }
+        before = conditions() | {"load_average_before": load_average()}
         found = measure(config, variants, out)
         result = {
             "schema_version": SCHEMA_VERSION,
             "hardware": environment(),
-            "conditions": conditions | {"load_average_after": load_average()},
+            "conditions": before | {"load_average_after": load_average()},
             "definitions": found.definitions,
             "peaks": found.peaks,
             "variants": found.records,
         }
         if config.load_generator is not None:
             tool = config.load_generator
-            result["load"] = {
-                "tool": tool.kind,
-                "slo": dict(tool.limits()),
-                "served_here": tool.serves_here(),
-            }
+            told = {"tool": tool.kind, "slo": dict(tool.limits())}
+            result["load"] = told | {"served_here": tool.serves_here()}
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
