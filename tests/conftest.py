@@ -223,56 +223,41 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
+def learn_tokenizer(directory: Path, lines: list[str], *, size: int, end: str, **settings) -> Path:
+    """Write a byte-level BPE tokenizer of ``size`` tokens, learnt from ``lines``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end} | settings
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory, text_file) -> Path:
     """A directory with a byte-level BPE tokenizer of 512 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(text_file)], trainer)
+    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "pad_token": end, "model_max_length": 512}
     directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    special = "<|endoftext|>"
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": special,
-        "bos_token": special,
-        "pad_token": special,
-        "model_max_length": 512,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
+    return learn_tokenizer(directory, lines, size=512, end=end, **special)
 
 
 @pytest.fixture(scope="session")
-def other_tokenizer(tmp_path_factory, text_file):
+def other_tokenizer(tmp_path_factory, text_file) -> Path:
     """A byte-level tokenizer of 300 tokens, which has learnt from the text read backwards."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = text_file.read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([line[::-1] for line in text.splitlines()], trainer)
-    directory = tmp_path_factory.mktemp("other")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
+    lines = [line[::-1] for line in text_file.read_text(encoding="utf-8").splitlines()]
+    return learn_tokenizer(tmp_path_factory.mktemp("other"), lines, size=300, end="<end>")
 
 
 @pytest.fixture(scope="session")
