@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,56 +51,82 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.parent.name, len(place)))
 
 
+MANY_MODULES = 50
+_seen_modules = 0
+
+
 def pytest_collection_finish():
-    """Leave out of collections what was imported: each would walk through two million objects."""
-    gc.collect()
-    gc.freeze()
+    """What was imported is there to stay."""
+    _freeze_imports()
     gc.enable()
 
 
-def run_forked(command, *, cwd=None, env=None, check=False, timeout=300.0, **_):
-    """Do what ``subprocess.run`` does with a Python script or ``-c``, in a fork of this process.
+def pytest_runtest_logfinish():
+    """So is what tests have imported since."""
+    if len(sys.modules) > _seen_modules + MANY_MODULES:
+        _freeze_imports()
 
-    Libraries are loaded already, which takes a new process ten seconds. Both outputs are kept.
+
+def _freeze_imports():
+    """Leave out of collections what was imported: each would walk through two million objects."""
+    global _seen_modules
+    gc.collect()
+    gc.freeze()
+    _seen_modules = len(sys.modules)
+
+
+class Forked(subprocess.Popen):
+    """A Python script, ``-c`` or ``-m`` in a fork of this process instead of a process of its own.
+
+    Libraries are loaded already, which takes a new process ten seconds.
     """
-    executable, *arguments = map(str, command)
-    assert executable == sys.executable
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+
+    def _execute_child(self, args, *given):
+        program, *arguments = map(str, args)
+        assert program == sys.executable
+        pass_fds, cwd, env = given[3:6]
+        pipes = given[9:15]  # two ends of each stream, -1 where the child keeps ours
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of threads, which the fork does not use
-            child = os.fork()
-        if child == 0:
-            os.chdir(cwd or ".")
-            if env is not None:
-                os.environ.clear()
-                os.environ.update(env)
-            _run_script(arguments, stdout, stderr)
-        end, done = time.monotonic() + timeout, 0
-        while not done and time.monotonic() < end:
-            time.sleep(0.01)
-            done, state = os.waitpid(child, os.WNOHANG)
-        if not done:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise subprocess.TimeoutExpired(command, timeout)
+            self.pid = os.fork()
+        if self.pid == 0:
+            _run_script(arguments, (pipes[0], pipes[3], pipes[5]), pass_fds, cwd, env)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+
+def run_forked(command, *, cwd=None, env=None, check=False, timeout=300.0, **_):
+    """Do what ``subprocess.run`` does, in a fork. Both outputs are kept."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        with Forked(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr) as process:
+            try:
+                code = process.wait(timeout)
+            except BaseException:
+                process.kill()
+                raise
         told = [file.seek(0) or file.read() for file in (stdout, stderr)]
-    finished = subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(state), *told)
+    finished = subprocess.CompletedProcess(command, code, *told)
     if check:
         finished.check_returncode()
     return finished
 
 
-def _run_script(arguments, stdout, stderr):
+def _run_script(arguments, streams, pass_fds, cwd, env):
     """The whole life of a fork, which must not go on in the code of its parent."""
     code = 1
     try:
-        for number, file in ((1, stdout), (2, stderr)):
-            os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = stdout, stderr
+        _keep_only(streams, pass_fds)
+        os.chdir(cwd or ".")
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
         warnings.simplefilter("ignore")
         if arguments[0] == "-c":
             sys.argv = ["-c", *arguments[2:]]
             exec(arguments[1], {"__name__": "__main__"})
+        elif arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
             sys.path.insert(0, str(Path(arguments[0]).parent))
@@ -110,10 +136,26 @@ def _run_script(arguments, stdout, stderr):
         code = ended.code or 0
     finally:
         if code == 1:
-            traceback.print_exc(file=stderr)
-        stdout.flush()
-        stderr.flush()
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def _keep_only(streams, pass_fds):
+    """Let go of the files of the parent as a new program would, and print where it would.
+
+    Their numbers stay taken: objects of the parent that close them must not close others.
+    """
+    for number, file in enumerate(streams):
+        if file >= 0:
+            os.dup2(file, number)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in {int(name) for name in os.listdir("/dev/fd")} - {0, 1, 2, *pass_fds, nothing}:
+        with suppress(OSError):  # the directory that was listed is closed by now
+            os.fstat(number)
+            os.dup2(nothing, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
 
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +221,36 @@ def out_of_reach(request, one_version, on_transformers):
 @pytest.fixture(scope="session")
 def forks():
     """Stands for the module ``subprocess`` where a script of Python would load everything anew."""
-    return SimpleNamespace(**vars(subprocess) | {"run": run_forked})
+    return SimpleNamespace(**vars(subprocess) | {"run": run_forked, "Popen": Forked})
+
+
+@pytest.fixture(scope="session")
+def forking(forks):
+    """A context for benchmarks, which do once what each would begin with.
+
+    Measured models and the builder of ONNX Runtime GenAI lie in forks (that they have processes of
+    their own is tested in tests/backends and tests/exporters), and the machine's peaks are known.
+    """
+    from trt_kd.measuring.roofline import measure_peaks
+
+    peaks = cache(measure_peaks)
+
+    @contextmanager
+    def in_forks():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trt_kd.backends.worker.subprocess", forks)
+            patch.setattr("trt_kd.exporters.ort_genai.subprocess", forks)
+            patch.setattr("trt_kd.stages.benchmark.measure_peaks", peaks)
+            yield
+
+    return in_forks
+
+
+@pytest.fixture
+def forked(forking):
+    """The test runs in that context."""
+    with forking():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +302,26 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
+def learn_tokenizer(directory: Path, lines: list[str], *, size: int, end: str, **settings) -> Path:
+    """Write a byte-level BPE tokenizer of ``size`` tokens, learnt from ``lines``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[end],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end} | settings
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def write_traces():
     """Write 40 traces as a text artifact, settings of its stage as keywords; give its source."""
@@ -264,53 +355,18 @@ def traces(write_traces, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory, text_file) -> Path:
     """A directory with a byte-level BPE tokenizer of 512 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(text_file)], trainer)
+    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "pad_token": end, "model_max_length": 512}
     directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    special = "<|endoftext|>"
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": special,
-        "bos_token": special,
-        "pad_token": special,
-        "model_max_length": 512,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
+    return learn_tokenizer(directory, lines, size=512, end=end, **special)
 
 
 @pytest.fixture(scope="session")
-def other_tokenizer(tmp_path_factory, text_file):
+def other_tokenizer(tmp_path_factory, text_file) -> Path:
     """A byte-level tokenizer of 300 tokens, which has learnt from the text read backwards."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = text_file.read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([line[::-1] for line in text.splitlines()], trainer)
-    directory = tmp_path_factory.mktemp("other")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
+    lines = [line[::-1] for line in text_file.read_text(encoding="utf-8").splitlines()]
+    return learn_tokenizer(tmp_path_factory.mktemp("other"), lines, size=300, end="<end>")
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,13 @@ def run(script, capsys):
 
 
 @pytest.fixture(scope="module")
-def ort_export(teacher, tmp_path_factory):
+def ort_export(teacher, forking, tmp_path_factory):
     pytest.importorskip("onnxruntime_genai")
     from trt_kd.exporters.ort_genai import OrtGenai
 
     out = tmp_path_factory.mktemp("ort")
-    OrtGenai(precision="fp32").export(teacher, out)
+    with forking():
+        OrtGenai(precision="fp32").export(teacher, out)
     return out
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -224,7 +225,12 @@ def test_what_cannot_be_measured_is_refused(script, wrong, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_script_runs_with_processes_of_its_own(script, capsys):
+def test_the_whole_script_runs_with_processes_of_its_own(script, forks, monkeypatch, capsys):
+    def run(command, **options):
+        """What is measured has a process of its own; what is prepared needs none."""
+        return (forks if command[-1] == "prepare" else subprocess).run(command, **options)
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(**vars(subprocess) | {"run": run}))
     assert script.main([*TINY, "--variants", "online", "modelopt"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(record["ratios"]) == {"online", "memory_ratio"}

@@ -19,6 +19,7 @@ def script(monkeypatch):
     return found
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_record_holds_both_moments_and_the_times(script, teacher, text_file, tmp_path, capsys):
     data = {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
     cuts = {}

@@ -1,8 +1,10 @@
 """The command line answers quickly, in two lines when something is wrong, with an exit code."""
 
+import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,27 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def trt_kd(*arguments, cwd=ROOT):
-    return subprocess.run(
+def command_line(run, *arguments):
+    return run(
         [sys.executable, "-m", "trt_kd.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=cwd,
+        cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
     )
 
 
+@pytest.fixture(scope="module")
+def trt_kd(forks):
+    """The command line in a fork, which has its imports behind it."""
+    for name in ("trt_kd.cli", "trt_kd.pipeline.plan"):
+        importlib.import_module(name)
+    return partial(command_line, forks.run)
+
+
 def test_every_command_is_in_the_help_with_exit_codes():
-    done = trt_kd("--help")
+    done = command_line(subprocess.run, "--help")
     assert done.returncode == 0
     for command in COMMANDS:
         assert f" {command} " in done.stdout
@@ -34,7 +44,7 @@ def test_every_command_is_in_the_help_with_exit_codes():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command):
+def test_every_command_has_help(trt_kd, command):
     done = trt_kd(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
@@ -58,7 +68,7 @@ def test_what_needs_no_torch_does_not_load_it(arguments):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_recipe_with_three_mistakes_prints_all_three_and_writes_nothing(tmp_path):
+def test_a_recipe_with_three_mistakes_prints_all_three_and_writes_nothing(trt_kd, tmp_path):
     recipe = ROOT / "workflows" / "quickstart.yaml"
     mistakes = ["distill.steps=-3", "prune.calibration_tokens=many", "shuffel=true"]
     done = trt_kd("run", recipe, *mistakes, "--out", tmp_path)
@@ -69,13 +79,13 @@ def test_a_recipe_with_three_mistakes_prints_all_three_and_writes_nothing(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_recipe_is_two_lines_at_most(tmp_path):
+def test_a_missing_recipe_is_two_lines_at_most(trt_kd, tmp_path):
     done = trt_kd("plan", tmp_path / "none.yaml")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
-def test_ls_and_plan_speak_json():
+def test_ls_and_plan_speak_json(trt_kd):
     listed = json.loads(trt_kd("ls", "--json").stdout)
     assert "forward_kl" in listed["KD loss"]
     assert all(summary for family in listed.values() for summary in family.values())
@@ -83,7 +93,7 @@ def test_ls_and_plan_speak_json():
     assert plan["models"]["student"]["parameters"] <= 0.82 * plan["models"]["teacher"]["parameters"]
 
 
-def test_show_checks_digests_and_prints_the_lineage(teacher):
+def test_show_checks_digests_and_prints_the_lineage(trt_kd, teacher):
     done = trt_kd("show", teacher.path)
     assert done.returncode == 0
     assert "all digests match" in done.stdout
@@ -91,7 +101,7 @@ def test_show_checks_digests_and_prints_the_lineage(teacher):
     assert manifest["key"] == teacher.key
 
 
-def test_stages_run_one_by_one(teacher, tmp_path):
+def test_stages_run_one_by_one(trt_kd, teacher, tmp_path):
     done = trt_kd("import", f"source={teacher.path}", "--out", tmp_path / "t", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "checkpoint"
@@ -119,7 +129,7 @@ def config_only(tmp_path):
     return tmp_path
 
 
-def test_a_dry_run_lists_what_fits_from_config_json_alone(config_only):
+def test_a_dry_run_lists_what_fits_from_config_json_alone(trt_kd, config_only):
     axes = "axes=[ffn, depth, heads, kv_heads]"
     done = trt_kd(
         "prune", "--dry-run", "--json", "--source", config_only, axes, "budget.params=80%"
@@ -143,7 +153,7 @@ def test_a_dry_run_lists_what_fits_from_config_json_alone(config_only):
         (["axes=[ffn]", "budget.params=80%", "target.format=fp7"], "fp7"),
     ],
 )
-def test_a_dry_run_of_the_impossible_says_so_in_two_lines(config_only, arguments, what):
+def test_a_dry_run_of_the_impossible_says_so_in_two_lines(trt_kd, config_only, arguments, what):
     done = trt_kd("prune", "--dry-run", "--source", config_only, *arguments)
     assert done.returncode == 2
     assert what in done.stderr

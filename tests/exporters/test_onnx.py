@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.exporters.planting import in_graph
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.backends.onnxruntime import OnnxRuntime
@@ -169,17 +170,6 @@ def test_half_precision_is_half_the_bytes_and_stays_within_its_limit(family, blo
 
 
 # --- planted faults -----------------------------------------------------------------------------
-
-
-def in_graph(change):
-    """Spoil the graph by ``change(graph)``."""
-
-    def spoil(out: Path) -> None:
-        model = onnx.load(out / "model.onnx", load_external_data=False)
-        change(model.graph)
-        (out / "model.onnx").write_bytes(model.SerializeToString())
-
-    return spoil
 
 
 def in_json(name: str, **changes: object):

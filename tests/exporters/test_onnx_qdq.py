@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.exporters.planting import in_graph
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.backends.onnxruntime import OnnxRuntime
@@ -179,15 +180,6 @@ def test_a_step_reads_as_many_bytes_as_its_weights_have(exported):
 
 
 # --- planted faults -----------------------------------------------------------------------------
-
-
-def in_graph(change):
-    def spoil(out: Path) -> None:
-        model = onnx.load(out / "model.onnx", load_external_data=False)
-        change(model.graph)
-        (out / "model.onnx").write_bytes(model.SerializeToString())
-
-    return spoil
 
 
 def moved(ending: str, factor: float = 1.01):

@@ -1,12 +1,11 @@
 """Faults planted in TensorRT-LLM checkpoints, one field or tensor each: every one must be seen."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from tests.exporters.planting import setting, tensors, without
 from trt_kd.errors import VerificationError
 from trt_kd.exporters.trtllm_checkpoint import TrtllmCheckpoint
 from trt_kd.exporters.verification import source_logits, verify
@@ -14,48 +13,6 @@ from trt_kd.exporters.verification import source_logits, verify
 LANE = TrtllmCheckpoint(tensor_parallel=2, pipeline_parallel=2)
 LAYER = "transformer.layers.1"
 QKV, DENSE, PROJ = (f"{LAYER}.{name}" for name in ("attention.qkv", "attention.dense", "mlp.proj"))
-
-
-def setting(*path, value):
-    """A fault that sets the key at ``path`` of ``config.json``."""
-
-    def plant(out):
-        file = out / "config.json"
-        config = json.loads(file.read_text())
-        place = config
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-        file.write_text(json.dumps(config))
-
-    return plant
-
-
-def without(*path):
-    """A fault that leaves the key at ``path`` of ``config.json`` out."""
-
-    def plant(out):
-        file = out / "config.json"
-        config = json.loads(file.read_text())
-        place = config
-        for key in path[:-1]:
-            place = place[key]
-        del place[path[-1]]
-        file.write_text(json.dumps(config))
-
-    return plant
-
-
-def tensors(change, rank=0):
-    """A fault that ``change`` makes in the tensors of one rank's file."""
-
-    def plant(out):
-        file = out / f"rank{rank}.safetensors"
-        loaded = load_file(file)
-        change(loaded)
-        save_file(loaded, file, {"format": "pt"})
-
-    return plant
 
 
 def scaled(name, factor, rank=0):

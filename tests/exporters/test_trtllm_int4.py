@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.exporters.planting import setting, tensors, without
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import load_model, save_model
@@ -205,34 +206,6 @@ def test_what_is_not_written_is_refused_before_anything_is_quantized(kind, setti
 # Faults planted in a checkpoint on three ranks: each must be seen.
 
 
-def tensors(change, rank=0):
-    def plant(out):
-        file = out / f"rank{rank}.safetensors"
-        loaded = load_file(file)
-        change(loaded)
-        save_file(loaded, file, {"format": "pt"})
-
-    return plant
-
-
-def quantization(**changes):
-    def plant(out):
-        config = json.loads((out / "config.json").read_text())
-        config["quantization"] |= changes
-        (out / "config.json").write_text(json.dumps(config))
-
-    return plant
-
-
-def without(key):
-    def plant(out):
-        config = json.loads((out / "config.json").read_text())
-        del config["quantization"][key]
-        (out / "config.json").write_text(json.dumps(config))
-
-    return plant
-
-
 def nibbles_swapped(loaded):
     packed = loaded[f"{PROJ}.weight"].view(torch.uint8)
     loaded[f"{PROJ}.weight"] = ((packed >> 4) | (packed << 4)).view(torch.int8)
@@ -241,14 +214,14 @@ def nibbles_swapped(loaded):
 QKV, PROJ = f"{LAYER}.attention.qkv", f"{LAYER}.mlp.proj"
 CACHE = f"{LAYER}.attention.kv_cache_scaling_factor"
 FAULTS = {
-    "group size": quantization(group_size=128),
-    "another group size": quantization(group_size=32),
-    "group size missing": without("group_size"),
-    "zero point": quantization(has_zero_point=True),
-    "no smoothing told": quantization(pre_quant_scale=False),
-    "smoothing not told": without("pre_quant_scale"),
-    "another algorithm": quantization(quant_algo="W8A8_SQ_PER_CHANNEL"),
-    "head in INT4": quantization(exclude_modules=[]),
+    "group size": setting("quantization", "group_size", value=128),
+    "another group size": setting("quantization", "group_size", value=32),
+    "group size missing": without("quantization", "group_size"),
+    "zero point": setting("quantization", "has_zero_point", value=True),
+    "no smoothing told": setting("quantization", "pre_quant_scale", value=False),
+    "smoothing not told": without("quantization", "pre_quant_scale"),
+    "another algorithm": setting("quantization", "quant_algo", value="W8A8_SQ_PER_CHANNEL"),
+    "head in INT4": setting("quantization", "exclude_modules", value=[]),
     "nibbles swapped": tensors(nibbles_swapped),
     "one byte": tensors(lambda t: t[f"{QKV}.weight"][3, 5].bitwise_xor_(0x22)),
     "unsigned codes": tensors(lambda t: t[f"{PROJ}.weight"].bitwise_xor_(-0x78)),

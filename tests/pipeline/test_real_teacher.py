@@ -12,10 +12,11 @@ from trt_kd.pipeline.stages import STAGES
 QUICKSTART = Path(__file__).parents[2] / "workflows" / "quickstart.yaml"
 FEW = [
     "data.block_tokens=128",
-    "prune.calibration_tokens=1024",
+    "prune.calibration_tokens=512",
     "distill.steps=3",
     "distill.batch_size=1",
     "distill.warmup_steps=1",
+    "distill.monitor={blocks: 1}",
     "evaluate={blocks: 2, tasks: [facts], items: 6}",
 ]
 

@@ -74,7 +74,7 @@ class MadeConfig(StageConfig):
 
 
 @pytest.fixture
-def sleeper(tmp_path, monkeypatch, tokenizer_dir):
+def sleeper(tmp_path, monkeypatch, tokenizer_dir, forked):
     """Make an export that takes ``step_s`` seconds per step."""
     (tmp_path / "sleeper_backend.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path)

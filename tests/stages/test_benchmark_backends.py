@@ -70,7 +70,7 @@ def settings(text_file):
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch):
+def compiler(tmp_path, monkeypatch, forked):
     (tmp_path / "compiler_backend.py").write_text(COMPILER)
     monkeypatch.syspath_prepend(str(tmp_path))
     return {"kind": "compiler_backend:Compiler"}
@@ -99,6 +99,7 @@ def test_what_cannot_be_compiled_is_a_record_and_the_rest_is_measured(
     assert "graph break at two" in second["error"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_engine_in_process_is_measured_by_our_clock(settings, teacher, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ENGINES))
     chosen = {"backends": {"served": {"kind": "vllm"}}}

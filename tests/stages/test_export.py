@@ -53,9 +53,9 @@ def test_a_stock_reader_needs_nothing_of_ours(teacher, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_runtime_gets_its_own_format(teacher, data, forks, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("forked")
+def test_onnx_runtime_gets_its_own_format(teacher, data, tmp_path):
     pytest.importorskip("onnxruntime_genai")
-    monkeypatch.setattr("trt_kd.exporters.ort_genai.subprocess", forks)
     lane = {"kind": "ort-genai", "precision": "int4"}
     artifact = export(config_of(data, lane), source=teacher, out=tmp_path / "e")
     artifact.verify()

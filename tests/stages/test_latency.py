@@ -98,10 +98,17 @@ def config(settings):
 
 
 @pytest.fixture(scope="module")
-def table(settings, teacher, tmp_path_factory):
-    change = {"probes": 3, "together": 3, "input_tokens": (INPUT_TOKENS, 12)}
-    config = LatencyConfig.model_validate(settings | change)
-    return latency(config, source=teacher, out=tmp_path_factory.mktemp("latency") / "table")
+def shallow(make_student):
+    """A model of two layers: what is timed on the real runtime is captured anew for every size."""
+    return make_student(noise=0.0, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def table(settings, shallow, forking, tmp_path_factory):
+    few = {"probes": 3, "together": 3, "max_depth_pruning": 0.5}
+    config = LatencyConfig.model_validate(settings | few | {"input_tokens": (INPUT_TOKENS, 12)})
+    with forking():
+        return latency(config, source=shallow, out=tmp_path_factory.mktemp("latency") / "table")
 
 
 def cells(shape, batch_sizes, factor=1.0, input_tokens=INPUT_TOKENS):
@@ -210,7 +217,8 @@ def test_every_axis_is_measured_at_its_smallest_and_all_of_them_together(config,
     assert sizes[:3] == [{"ffn": 64}, {"layers": 3}, {"ffn": 64, "layers": 3}]
 
 
-def test_a_group_that_was_timed_is_not_timed_again(config, teacher, tmp_path, monkeypatch):
+def test_a_group_that_was_timed_is_not_timed_again(settings, teacher, tmp_path, monkeypatch):
+    config = LatencyConfig.model_validate(settings | {"lanes": {"plain": "hf-unified"}})
     groups = []
 
     def time(stand, shapes, benchmark, work):
@@ -413,17 +421,17 @@ def test_the_error_is_stated_for_the_lengths(two_lengths):
     assert found[1].max_error < 1e-6
 
 
-def test_candidates_are_timed_on_the_real_runtime(data, teacher, table, tmp_path):
+def test_candidates_are_timed_on_the_real_runtime(data, shallow, table, forked, tmp_path):
     config = one_axis(data, itl_ms="1000%", batch=1, min_speedup=0.01, input_tokens=12)
     budget = config.budget.model_copy(update={"params": 0.9})
     out = tmp_path / "pruned"
     made = prune(
-        config.model_copy(update={"budget": budget}), source=teacher, latency=table, out=out
+        config.model_copy(update={"budget": budget}), source=shallow, latency=table, out=out
     )
     (row,) = made.metrics["latency"]["tried"]
     assert row["verdict"] == "kept"
     assert 0 < row["measured"]["itl_ms"] < 10 * row["before"]["itl_ms"]
-    assert read_shape(out).parameters <= 0.9 * read_shape(teacher.path).parameters
+    assert read_shape(out).parameters <= 0.9 * read_shape(shallow.path).parameters
 
 
 @pytest.mark.parametrize("limit", [{"ttft_ms": "85%"}, {"tokens_per_s": "120%"}])
