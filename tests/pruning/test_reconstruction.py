@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trt_kd.architectures import architecture_of
+from trt_kd.architectures.hooks import hooks
 from trt_kd.errors import ModelError
-from trt_kd.pruning.hooks import hooks
 from trt_kd.pruning.readings import linear_readings, solve_group
 from trt_kd.pruning.reconstruction import (
     Reconstruct,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trt_kd.architectures.hooks import evaluating
 from trt_kd.errors import ModelError
-from trt_kd.pruning.hooks import evaluating
 
 
 class Reference:

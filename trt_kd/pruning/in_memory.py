@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trt_kd.architectures import architecture_of
+from trt_kd.architectures.hooks import evaluating
 from trt_kd.architectures.shape import ModelShape, shape_from_config
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import progress
@@ -25,7 +26,6 @@ from trt_kd.pruning.candidates import possible
 from trt_kd.pruning.catalogue import Target
 from trt_kd.pruning.divergence import Reference
 from trt_kd.pruning.engine import Request, shrink
-from trt_kd.pruning.hooks import evaluating
 from trt_kd.pruning.loss_passes import fed_tokens
 from trt_kd.pruning.scoring import ForwardLoop
 from trt_kd.pruning.search import Search, name_of, open_axes, ranked

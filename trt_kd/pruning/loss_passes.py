@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
+from trt_kd.architectures.hooks import Hook, Observe, evaluating
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import Steps, progress
 from trt_kd.pruning.base import Importance, Place, Site
-from trt_kd.pruning.hooks import Hook, Observe, evaluating
 
 _IGNORED = -100
 

@@ -31,8 +31,8 @@ from trt_kd.architectures.base import (
     columns,
     norm_slices,
 )
+from trt_kd.architectures.hooks import Hook
 from trt_kd.pruning.experts import mixtures
-from trt_kd.pruning.hooks import Hook
 from trt_kd.pruning.reconstruction import in_order
 from trt_kd.pruning.ridge import Gram, Refit, refit
 from trt_kd.pruning.slicing import cut

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
+from trt_kd.architectures.hooks import Hook, evaluating, hooks
 from trt_kd.errors import ModelError
 from trt_kd.pruning import loss_passes
 from trt_kd.pruning.base import Importance, Place, Recording, Site
-from trt_kd.pruning.hooks import Hook, evaluating, hooks
 from trt_kd.pruning.importance import BlockInfluence
 from trt_kd.pruning.readings import Reading
 

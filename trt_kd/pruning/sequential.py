@@ -23,10 +23,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trt_kd.architectures.base import Architecture
+from trt_kd.architectures.hooks import STATE, evaluating, hooks
 from trt_kd.errors import ModelError
 from trt_kd.measuring.progress import progress
 from trt_kd.pruning.folding import Proof, samples
-from trt_kd.pruning.hooks import STATE, evaluating, hooks
 from trt_kd.pruning.reconstruction import SHARES, Reconstruct
 from trt_kd.pruning.ridge import PLAIN, Refit, refit, solve
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trt_kd.architectures import architecture_of
+from trt_kd.architectures.hooks import hooks
 from trt_kd.training.balance import Balance
 from trt_kd.training.schedule import Schedule
 
@@ -101,19 +102,9 @@ def shared_by(student: PreTrainedModel, place: int | None) -> Iterator[list[Tens
         yield seen
         return
     layers = architecture_of(student.config.model_type).layers(student)
-
-    def after(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    def before(_module: Any, inputs: Any) -> None:
-        seen.append(inputs[0])
-
-    hook = (
-        layers[place - 1].register_forward_hook(after)
-        if place
-        else layers[0].register_forward_pre_hook(before)
-    )
-    try:
+    with hooks() as hook:
+        if place:
+            hook(layers[place - 1], "output", seen.append)
+        else:
+            hook(layers[0], "input", seen.append)
         yield seen
-    finally:
-        hook.remove()

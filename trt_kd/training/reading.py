@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, L positions, D width, H heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trt_kd.architectures import architecture_of
+from trt_kd.architectures.hooks import hooks
 from trt_kd.errors import ModelError
 from trt_kd.losses.features.base import Reading
 from trt_kd.training.attention import Attention, attending_by
@@ -34,10 +35,9 @@ def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> It
     """
     seen: Seen = {}
     layers = architecture_of(model.config.model_type).layers(model)
-    with ExitStack() as stack:
+    with hooks() as hook, ExitStack() as stack:
         for layer in {layer for layer, what in wanted if what == "states"}:
-            hook = layers[layer].register_forward_hook(_keep_states(seen, layer))
-            stack.callback(hook.remove)
+            hook(layers[layer], "output", partial(seen.__setitem__, (layer, "states")))
         watched = {
             id(module): layer
             for layer in {layer for layer, what in wanted if what != "states"}
@@ -48,13 +48,6 @@ def reading(model: PreTrainedModel, wanted: Sequence[tuple[int, Reading]]) -> It
             wrap = partial(_kept, watched, together, seen)
             stack.enter_context(attending_by(_attention_of(model), wrap))
         yield seen
-
-
-def _keep_states(seen: Seen, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen[layer, "states"] = output[0] if isinstance(output, tuple) else output
-
-    return keep
 
 
 def _attention_of(model: PreTrainedModel) -> str:
