@@ -5,7 +5,7 @@ Shape suffixes: T tokens, V vocabulary.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from trt_kd.losses.base import KDLoss
 
@@ -24,36 +24,32 @@ class Form(NamedTuple):
     """Keyword arguments of both."""
 
 
+def _by(function: str) -> Any:
+    """The method that calls ``function`` of the form; it is called as ``KDLoss`` says."""
+
+    def call(
+        self: "ClosedForm",
+        student_TV: "Tensor",
+        teacher_TV: "Tensor",
+        mask_T: "Tensor",
+        labels_T: "Tensor | None" = None,
+    ) -> Any:
+        form = self.form()
+        rows = (student_TV, teacher_TV, mask_T, *self._labels(labels_T))
+        return getattr(form, function)(*rows, **form.options)
+
+    return call
+
+
 class ClosedForm(KDLoss):
     """A loss that is a pair of functions: its value, and its value with the gradient."""
+
+    __call__ = _by("value")
+    value_and_gradient: ClassVar[Any] = _by("value_and_gradient")
 
     @abstractmethod
     def form(self) -> Form:
         """The functions, imported only when they are called, and this loss's options for them."""
-
-    def __call__(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "Tensor":
-        """See the base class."""
-        form = self.form()
-        labels = self._labels(labels_T)
-        return form.value(student_TV, teacher_TV, mask_T, *labels, **form.options)
-
-    def value_and_gradient(
-        self,
-        student_TV: "Tensor",
-        teacher_TV: "Tensor",
-        mask_T: "Tensor",
-        labels_T: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor]":
-        """See the base class; the gradient in closed form."""
-        form = self.form()
-        labels = self._labels(labels_T)
-        return form.value_and_gradient(student_TV, teacher_TV, mask_T, *labels, **form.options)
 
     def _labels(self, labels_T: "Tensor | None") -> "tuple[Tensor, ...]":
         from trt_kd.losses.labelled import true_tokens
