@@ -1,18 +1,17 @@
 """What a step will cost, from closed forms: FLOPs, bytes and this machine's measured matrix rate.
 
-The constants are shares of that rate seen in practice on CPUs (see docs/estimates.md); a plan is
-right within a factor of about two, which tells an evening from a month.
+The constants are shares of that rate seen in practice on CPUs (see docs/estimates.md): with them a
+plan is within a factor of two of the committed records, which tells an evening from a month.
 """
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from trt_kd.architectures.shape import ModelShape
+from trt_kd.measuring.roofline import matrix_flops_per_s
 from trt_kd.pipeline.flow import Step
 from trt_kd.pipeline.pruning_cost import fold_flops, proof_tokens
 from trt_kd.pipeline.training_cost import training_bytes, training_flops, writing_s
@@ -20,7 +19,7 @@ from trt_kd.stages.prune import PruneConfig
 
 FORWARD_SHARE = 0.55
 """Share of the float32 matrix rate that a forward pass reaches."""
-TRAINING_SHARE = 1.2
+TRAINING_SHARE = 1.0
 """The same of a bfloat16 training step, whose matrix products are faster than float32 ones."""
 BASE_MEMORY_BYTES = 700_000_000
 """A Python process with torch loaded."""
@@ -61,22 +60,6 @@ def estimate(step: Step, shapes: Shapes) -> Estimate:
 def forward_s(model: ModelShape, tokens: float) -> float:
     """Seconds of a float32 forward pass over ``tokens`` on this machine."""
     return tokens * model.forward_flops_per_token() / (FORWARD_SHARE * matrix_flops_per_s())
-
-
-@cache
-def matrix_flops_per_s() -> float:
-    """Float32 matrix rate of this machine, measured in a few hundredths of a second."""
-    import numpy as np
-
-    size = 768
-    left = np.ones((size, size), dtype=np.float32)
-    right = np.ones((size, size), dtype=np.float32)
-    best = float("inf")
-    for _ in range(4):
-        start = perf_counter()
-        np.matmul(left, right)
-        best = min(best, perf_counter() - start)
-    return float(2 * size**3 / best)
 
 
 def free_bytes(path: Path) -> int:
