@@ -210,6 +210,13 @@ class NoisedConfig(StageConfig):
     stage = "prune"
 
 
+class TracesConfig(StageConfig):
+    """Stands for the stage that lets a teacher write."""
+
+    stage = "generate"
+    traces: dict[str, str] | None = {"open": "<think>", "close": "</think>"}
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """A text file with 400 different documents, separated by blank lines."""
@@ -221,6 +228,36 @@ def text_file(tmp_path_factory) -> Path:
     ]
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def write_traces():
+    """Write 40 traces as a text artifact, settings of its stage as keywords; give its source."""
+
+    def write(folder, **config):
+        lines = []
+        for n in range(40):
+            opened = "<think>" * (n % 2)  # by the template, or by the teacher
+            parts = {
+                "prompt": f"Note {n}? {opened}",
+                "thought": f"It is {n % 7} of seven. " * (n % 3) + "So.",
+                "answer": f" Note {n % 7}.",
+            }
+            begin = "" if opened else "<think>"
+            text = f"{parts['prompt']}{begin}{parts['thought']}</think>{parts['answer']}"
+            lines.append(json.dumps({**parts, "text": text, "finished": True}) + "\n")
+        settings = TracesConfig(**config)
+        with writing(folder, kind="text", config=settings, inputs={}) as draft:
+            (draft.path / "generated.jsonl").write_text("".join(lines), encoding="utf-8")
+        return {"kind": "generated", "artifact": str(folder)}
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def traces(write_traces, tmp_path_factory):
+    """A data source of traces."""
+    return write_traces(tmp_path_factory.mktemp("traces") / "made")
 
 
 @pytest.fixture(scope="session")

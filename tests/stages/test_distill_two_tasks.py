@@ -10,9 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from trt_kd.artifacts import writing
 from trt_kd.checkpoints import load_model, load_tokenizer
-from trt_kd.config import StageConfig
 from trt_kd.data.base import documents
 from trt_kd.errors import DataError
 from trt_kd.stages import teaching
@@ -23,44 +21,16 @@ BLOCK = 96
 PLAIN = {"response_weight": 0.0, "task_weight": 1.0}
 
 
-class TracesConfig(StageConfig):
-    """Stands for the stage that lets a teacher write."""
-
-    stage = "generate"
-    traces: dict[str, str] | None = {"open": "<think>", "close": "</think>"}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def modelopt():
     require_modelopt()
 
 
-def write(folder, count=40, **config):
-    lines = []
-    for n in range(count):
-        opened = "<think>" * (n % 2)  # by the template, or by the teacher
-        parts = {"prompt": f"Note {n}? {opened}", "thought": f"It is {n % 7} of seven. " * (n % 3),
-                 "answer": f" Note {n % 7}."}  # fmt: skip
-        parts["thought"] += "So."
-        begin = "" if opened else "<think>"
-        text = f"{parts['prompt']}{begin}{parts['thought']}</think>{parts['answer']}"
-        lines.append(json.dumps({**parts, "text": text, "finished": True}))
-    settings = TracesConfig(**config)
-    with writing(folder, kind="text", config=settings, inputs={}) as draft:
-        (draft.path / "generated.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {"kind": "generated", "artifact": str(folder)}
-
-
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("traces") / "made")
-
-
-@pytest.fixture(scope="module")
-def settings(source):
+def settings(traces):
     def make(**changes):
         plain = {
-            "data": {"source": source, "block_tokens": BLOCK, "heldout_share": 0.2},
+            "data": {"source": traces, "block_tokens": BLOCK, "heldout_share": 0.2},
             "steps": 2,
             "batch_size": 2,
             "learning_rate": 1e-3,
@@ -160,6 +130,8 @@ def test_a_step_is_that_of_two_means_in_float64(settings, student, tokenizer, tm
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
     assert row["task_nats_per_token"] == pytest.approx(total.item(), rel=1e-5)
     assert row["loss_nats_per_token"] == pytest.approx(total.item(), rel=1e-5)
+    assert row["label_nats_per_token"] == pytest.approx(label.item(), rel=1e-5)
+    assert row["rationale_nats_per_token"] == pytest.approx(rationale.item(), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
@@ -196,6 +168,7 @@ def test_a_rationale_weight_of_zero_is_the_label_task_alone(settings, student, t
     rows, state = trained(load_model(student.path), config, both, tmp_path / "both")
     expected, state_alone = trained(load_model(student.path), alone, labels, tmp_path / "labels")
     for row, other in zip(rows, expected, strict=True):
+        assert row.pop("label_nats_per_token") == pytest.approx(row["task_nats_per_token"])
         assert row == pytest.approx(other, rel=1e-5)
     torch.testing.assert_close(state, state_alone, rtol=1e-5, atol=1e-6)
 
@@ -306,10 +279,10 @@ def test_settings_without_sense_or_effect_are_refused(settings, changes, message
 
 
 def test_text_that_does_not_do_is_told_before_a_model_is_loaded(
-    settings, student, tmp_path, monkeypatch
+    settings, student, write_traces, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("trt_kd.stages.distill.load_model", None)
-    plain = write(tmp_path / "plain", traces=None)
+    plain = write_traces(tmp_path / "plain", traces=None)
     data = {"source": plain, "block_tokens": BLOCK}
     cases = [
         ({"data": data}, "holds no text with a trace"),

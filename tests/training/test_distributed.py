@@ -129,7 +129,7 @@ def settings(text_file):
     return make
 
 
-def all_jobs(settings, student, stranger, folder):
+def all_jobs(settings, student, stranger, traces, folder):
     """What the pair does, in order; of what is begun again every part has the same folder."""
     fsdp2 = {"sharding": "fsdp2"}
     bf16 = {"steps": 2, "precision": "bf16"}
@@ -145,6 +145,8 @@ def all_jobs(settings, student, stranger, folder):
     exits = short | {"monitor": None, "exits": {"layers": [0]}}
     cross = short | {"teacher": "cross_tokenizer", "loss": "uld"}
     stranger = {"teacher": str(stranger.path)}
+    reasons = {"source": traces, "block_tokens": 96, "heldout_share": 0.2}
+    tasks = short | {"data": reasons, "two_tasks": {"rationale_weight": 0.5}}
     jobs = {
         "alone": {"alone": True},
         "ddp": {},
@@ -163,6 +165,8 @@ def all_jobs(settings, student, stranger, folder):
         "exits": {"config": exits},
         "cross_alone": {"alone": True, "config": cross} | stranger,
         "cross": {"config": cross} | stranger,
+        "tasks_alone": {"alone": True, "config": tasks},
+        "tasks": {"config": tasks},
         "relay_1": {"alone": True, "config": stopped, "alarm": 1},
         "relay_2": {"cut": 3},
         "relay_3": {"config": fsdp2 | stopped, "alarm": 3},
@@ -177,11 +181,19 @@ def all_jobs(settings, student, stranger, folder):
 
 
 @pytest.fixture(scope="module")
-def pair(settings, student, teacher, stranger, forks, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def jobs(settings, student, stranger, traces, folder):
+    return dict(all_jobs(settings, student, stranger, traces, folder))
+
+
+@pytest.fixture(scope="module")
+def pair(jobs, student, teacher, forks, folder):
     """All jobs of both processes: where they wrote and what each of them found."""
-    folder = tmp_path_factory.mktemp("pair")
     (folder / "taken").mkdir()
-    jobs = dict(all_jobs(settings, student, stranger, folder))
     arguments = [json.dumps(jobs), str(student.path), str(teacher.path), str(folder)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -278,6 +290,15 @@ def test_two_processes_leave_early_as_one_does(made):
 def test_two_processes_hear_a_teacher_with_another_tokenizer_as_one_does(made):
     assert_same_training(made("cross"), made("cross_alone"))
     assert all(row["aligned_share"] > 0 for row in rows(made("cross"), "history"))
+
+
+def test_two_processes_answer_and_say_why_as_one_does(made):
+    """Of the passes of a step one process reads the answers, the other the rationales."""
+    assert_same_training(made("tasks"), made("tasks_alone"))
+    for row in rows(made("tasks"), "history"):
+        parts = row["label_nats_per_token"], row["rationale_nats_per_token"]
+        assert min(parts) > 0
+        assert row["task_nats_per_token"] == pytest.approx(parts[0] + 0.5 * parts[1])
 
 
 # --- how they go on -----------------------------------------------------------------------------

@@ -103,6 +103,37 @@ def test_weights_are_those_of_the_task_term_alone(rows, sizes, monkeypatch):
     torch.testing.assert_close(found, gradients(rows))
 
 
+@pytest.mark.parametrize("terms", [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])
+def test_tasks_have_sums_of_their_own_and_change_nothing_else(rows, terms, sizes, monkeypatch):
+    group, piece = sizes
+    monkeypatch.setattr(head_module, "GROUP_BYTES", {"cpu": group * 8 * VOCABULARY})
+    monkeypatch.setattr(head_module, "ROWS_BYTES", {"cpu": piece * 4 * VOCABULARY})
+    weights = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
+    tasks = torch.arange(TOKENS, dtype=torch.int8) % 3 + 1
+    found = []
+    for labels in (
+        Labels(rows["labels"], weights),
+        Labels(rows["labels"], weights, tasks, task_count=4),
+    ):
+        total, task, response = head_loss(
+            Objective(ForwardKL(), *terms),
+            rows["hidden"],
+            Head(rows["weight"], rows["bias"]),
+            labels,
+            teacher=lambda piece: rows["teacher"][piece],
+            dtype=torch.float64,
+        )
+        total.backward()
+        found.append((total.detach(), task.sum(), response, *gradients(rows)))
+        clear(rows)
+    torch.testing.assert_close(*found)
+    logits = F.linear(rows["hidden"], rows["weight"], rows["bias"]).detach()
+    each = weights * F.cross_entropy(logits, rows["labels"], reduction="none")
+    apart = torch.stack([each[tasks == number].sum() for number in (1, 2, 3, 4)])
+    torch.testing.assert_close(task, apart * bool(terms[0]))
+
+
 @pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JensenShannon()])
 @pytest.mark.parametrize("terms", [(0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("sizes", [(1 << 20, 1 << 20), (5, 2), (1, 1)])

@@ -46,6 +46,24 @@ def cross_entropy_gradient(
     Raises:
         ValueError: if ``label_smoothing`` is outside of 0 to 1.
     """
+    nats_N, gradient_TV = cross_entropy_by_token(
+        student_TV, labels_T, mask_T, label_smoothing, weights_T
+    )
+    return nats_N.sum(), gradient_TV
+
+
+def cross_entropy_by_token(
+    student_TV: Tensor,
+    labels_T: Tensor,
+    mask_T: Tensor,
+    label_smoothing: float = 0.0,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same with the summands ``[N]`` of the valid tokens, weights included, not their sum.
+
+    Raises:
+        ValueError: if ``label_smoothing`` is outside of 0 to 1.
+    """
     _check_smoothing(label_smoothing)
     with torch.no_grad():
         log_q_NV = wide(valid(student_TV, mask_T)).log_softmax(-1)
@@ -62,7 +80,7 @@ def cross_entropy_gradient(
         if weights_T is not None:
             weights_N1 = valid(weights_T, mask_T).unsqueeze(-1).to(gradient_NV)
             nats_N1, gradient_NV = weights_N1 * nats_N1, gradient_NV.mul_(weights_N1)
-    return nats_N1.sum(), scatter_rows(gradient_NV, student_TV, mask_T)
+    return nats_N1.squeeze(-1), scatter_rows(gradient_NV, student_TV, mask_T)
 
 
 def forward_kl(

@@ -17,6 +17,8 @@ POINTS = 200
 """Points of a curve at most: what a figure of this width can show."""
 STEP_CURVES = {
     "task_nats_per_token": "task",
+    "label_nats_per_token": "answers",
+    "rationale_nats_per_token": "rationales",
     "response_nats_per_token": "response",
 }
 HELDOUT_CURVES = {

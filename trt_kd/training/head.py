@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trt_kd.losses.base import KDLoss
-from trt_kd.losses.maths import cross_entropy_gradient
+from trt_kd.losses.maths import cross_entropy_by_token
 from trt_kd.losses.policy import JudgedRows, policy_gradient
 from trt_kd.losses.top_k import TopK
 from trt_kd.teachers.gapped import GappedRows
@@ -48,10 +48,22 @@ class Labels:
     """``[T]`` int64."""
     weights: Tensor | None = None
     """``[T]``; every token counts once without. The response term counts every token once."""
+    tasks: Tensor | None = None
+    """``[T]`` integers: what each is learnt for, counted from 1, where sums are taken apart."""
+    task_count: int = 1
+    """Numbers that ``tasks`` may hold."""
 
     def __getitem__(self, rows: slice) -> "Labels":
         """Those of a slice of the tokens."""
-        return Labels(self.ids[rows], None if self.weights is None else self.weights[rows])
+        weights, tasks = (None if x is None else x[rows] for x in (self.weights, self.tasks))
+        return replace(self, ids=self.ids[rows], weights=weights, tasks=tasks)
+
+    def sums(self, nats_T: Tensor) -> Tensor:
+        """Sum of the tokens of every task, ``[S]``, of all in one where tasks are not apart."""
+        if self.tasks is None:
+            return nats_T.sum().unsqueeze(0)
+        each = (nats_T[self.tasks == task] for task in range(1, self.task_count + 1))
+        return torch.stack([part.sum() for part in each])
 
 
 @dataclass(frozen=True)
@@ -66,20 +78,21 @@ class Objective:
     def parts(
         self, student_TV: Tensor, teacher: Piece | None, labels: Labels
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Task sum and response sum, unweighted, and the gradient of the weighted sum.
+        """Task sums ``[S]`` and response sum, unweighted, and the gradient of the weighted sum.
 
         A term of weight zero is not computed and is zero.
         """
         mask_T = torch.ones_like(labels.ids, dtype=torch.bool)
-        task = response = torch.zeros((), dtype=student_TV.dtype, device=student_TV.device)
+        task, response = student_TV.new_zeros(labels.task_count), student_TV.new_zeros(())
         gradient_TV: Tensor | None = None
         if self.response_weight:
             response, gradient_TV = self._response(student_TV, teacher, mask_T, labels.ids)
             gradient_TV = _scaled(gradient_TV, self.response_weight)
         if self.task_weight:
-            task, task_gradient_TV = cross_entropy_gradient(
+            nats_T, task_gradient_TV = cross_entropy_by_token(
                 student_TV, labels.ids, mask_T, self.label_smoothing, labels.weights
             )
+            task = labels.sums(nats_T)
             task_gradient_TV = _scaled(task_gradient_TV, self.task_weight)
             gradient_TV = (
                 task_gradient_TV if gradient_TV is None else gradient_TV.add_(task_gradient_TV)
@@ -146,6 +159,8 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
 
+    The task sum is ``[S]``, one for every task, where the labels tell tasks apart, else ``[]``.
+
     Args:
         objective: the terms and their weights.
         hidden_TD: the student's hidden states of valid tokens.
@@ -177,10 +192,12 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             sums, gradients = _accumulate(hidden_TD, Head(weight_VD, bias_V), work)
         ctx.save_for_backward(*gradients)
-        task, response = sums.unbind()
+        task, response = sums[:-1], sums[-1]
+        if work.labels.tasks is None:
+            task = task[0]
         ctx.mark_non_differentiable(task, response)
         objective = work.objective
-        total = objective.task_weight * task + objective.response_weight * response
+        total = objective.task_weight * task.sum() + objective.response_weight * response
         return total, task, response
 
     @staticmethod
@@ -201,7 +218,8 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """Sums of the terms and gradients of the weighted sum, over all chunks."""
     cast = head.cast(work.dtype)
-    total = torch.zeros(2, dtype=_wide(work.dtype), device=hidden_TD.device)
+    sums = work.labels.task_count + 1
+    total = torch.zeros(sums, dtype=_wide(work.dtype), device=hidden_TD.device)
     hidden_gradient_TD = torch.empty_like(hidden_TD)
     weight_gradient_VD = torch.zeros_like(head.weight)
     bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
@@ -224,16 +242,16 @@ def _accumulate(
 def _replace_by_gradient(
     student_TV: Tensor, teacher: TeacherRows | None, labels: Labels, objective: Objective
 ) -> Tensor:
-    """Write the gradient over ``student_TV``; return the sums of task and response."""
+    """Write the gradient over ``student_TV``; return the sums ``[S + 1]``, the response's last."""
     wide = _wide(student_TV.dtype)
-    total = torch.zeros(2, dtype=wide, device=student_TV.device)
+    total = torch.zeros(labels.task_count + 1, dtype=wide, device=student_TV.device)
     for rows in pieces(len(student_TV), rows_at_a_time(student_TV.shape[1], student_TV.device)):
         teacher_rows = None if teacher is None else teacher[rows].to(wide)
         task, response, gradient = objective.parts(
             student_TV[rows].to(wide), teacher_rows, labels[rows]
         )
         student_TV[rows] = gradient
-        total += torch.stack((task, response))
+        total += torch.cat((task, response.unsqueeze(0)))
     return total
 
 

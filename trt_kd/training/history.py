@@ -13,6 +13,8 @@ NAMES = {
     "step": "step",
     "loss": "loss_nats_per_token",
     "task_nats_per_token": "task_nats_per_token",
+    "label_nats_per_token": "label_nats_per_token",
+    "rationale_nats_per_token": "rationale_nats_per_token",
     "response_nats_per_token": "response_nats_per_token",
     "task_weight": "task_weight",
     "response_weight": "response_weight",

@@ -85,7 +85,7 @@ def train(
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints, processes.count),
-            "train_dataset": Blocks(text.blocks, run.end, text.weights),
+            "train_dataset": Blocks(text.blocks, run.end, text.weights, text.tasks),
             "callbacks": [*shown, MarkCheckpoints(checkpoints, processes)],
         }
         if schedule.sharding == "fsdp2":
@@ -99,7 +99,7 @@ def train(
         check_sharding(trainer, schedule.sharding)
         _remove_printers(trainer)
         trainer.start(objective_at, dtype, run.end)
-        _equip(trainer, student, teacher, run)
+        _equip(trainer, student, teacher, text, run)
         alarms = Alarms(schedule.stop_on)
         trainer.add_callback(alarms)
         if schedule.monitor is not None and text.heldout is not None:
@@ -150,8 +150,11 @@ def _model(teacher: PreTrainedModel | Translated) -> PreTrainedModel:
     return teacher.model if isinstance(teacher, Translated) else teacher
 
 
-def _equip(trainer: Any, student: PreTrainedModel, teacher: "Targets | None", run: Run) -> None:
+def _equip(
+    trainer: Any, student: PreTrainedModel, teacher: "Targets | None", text: Text, run: Run
+) -> None:
     """Give the trainer what steps may have beside the plain objective."""
+    trainer.task_weights = text.tasks.weights if text.tasks else {}
     trainer.rollout = _rollout(student, teacher, run)
     trainer.balancer = balancer_of(run.schedule)
     trainer.exits = run.schedule.exits

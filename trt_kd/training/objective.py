@@ -5,7 +5,7 @@ Shape suffixes: B sequences, L positions, T valid tokens, D hidden size, V vocab
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -45,6 +45,8 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
     rollout: Rollout | None = None
     balancer: Balancer | None = None
     exits: Exits | None = None
+    task_weights: Mapping[str, float] = {}
+    """By name, of the tasks whose losses are logged apart."""
     end: int | None
 
     def start(
@@ -111,7 +113,7 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
         objective = self.objective_at(step)
         tokens_BL, labels_BK = inputs["input_ids"], inputs["labels"][:, 1:]
         mask_BK = labels_BK != IGNORE_INDEX
-        weights_T = inputs["weights"][:, 1:][mask_BK] if "weights" in inputs else None
+        labels = self._labels(inputs, mask_BK)
         student = trainer.accelerator.unwrap_model(trainer.model)
         with (
             self._reading(step) as both,
@@ -124,7 +126,7 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
         policy = self.rollout and self.rollout.policy(step)
 
         def head_of(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-            head, labels = linear_head(student), Labels(labels_BK[mask_BK], weights_T)
+            head = linear_head(student)
             hidden_TD, beside = hidden_BLD[:, :-1][mask_BK], teacher
             if policy:
                 own = logits_of(hidden_TD, head.cast(self.head_dtype))
@@ -153,10 +155,28 @@ class ObjectiveTrainer(Measured, PortableCheckpoints):
             total = self._with_parts(total, parts, count)
         self._note("loss", total.detach() / count)
         if objective.task_weight:
-            self._note("task_nats_per_token", task / count)
+            self._note_task(task, count)
         if objective.response_weight:
             self._note("response_nats_per_token", response / count)
         return total / count * trainer.accelerator.num_processes  # type: ignore[no-any-return]
+
+    def _labels(self, inputs: dict[str, Tensor], mask_BK: Tensor) -> Labels:
+        """Of the valid tokens, with what the text says of each."""
+        ids_T = inputs["labels"][:, 1:][mask_BK]
+        weights_T, tasks_T = (
+            inputs[name][:, 1:][mask_BK] if name in inputs else None
+            for name in ("weights", "tasks")
+        )
+        return Labels(ids_T, weights_T, tasks_T, len(self.task_weights) or 1)
+
+    def _note_task(self, task: Tensor, count: Tensor | int) -> None:
+        """Note the task term, and the mean over the tokens of every task that it is made of.
+
+        The sum of a task holds its weight and, in place of its own count of tokens, ``count``.
+        """
+        self._note("task_nats_per_token", task.sum() / count)
+        for number, (name, weight) in enumerate(self.task_weights.items()):
+            self._note(f"{name}_nats_per_token", task[number] / (weight * count))
 
     def _judged(
         self, policy: PolicyGradient, student: Rows, teacher: Any, labels_T: Tensor, mask_BK: Tensor

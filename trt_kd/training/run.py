@@ -8,8 +8,21 @@ from trt_kd.training.distributed import Processes
 from trt_kd.training.schedule import Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What the tokens of a text are learnt for; the losses of tasks are logged apart."""
+
+    of: "NDArray[np.int8]"
+    """``[count, L]``: number of every token's task, counted from 1; 0 where it is not learnt."""
+    weights: "Mapping[str, float]"
+    """How often the mean over the tokens of a task counts in the task term, by the task's name, in
+    the order of the numbers."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,8 @@ class Text:
     learnt at all; every token counts once without."""
     counted: "NDArray[np.bool_] | None" = None
     """Which tokens of ``heldout`` are measured; all of them without."""
+    tasks: Tasks | None = None
+    """What the tokens of ``blocks`` are learnt for; all for one thing without."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,16 @@ from trt_kd.config import StrictModel
 from trt_kd.data.base import DataConfig
 from trt_kd.data.two_tasks import TwoTaskText, weights
 from trt_kd.errors import DataError
-from trt_kd.training.run import Text
+from trt_kd.training.run import Tasks, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trt_kd.training.schedule import Schedule
+
+
+NAMES = ("label", "rationale")
+"""Of the tasks in the log, in the order of ``LABEL`` and ``RATIONALE``."""
 
 
 class TwoTasks(StrictModel):
@@ -65,8 +69,10 @@ class TwoTasks(StrictModel):
         found = source.blocks("train", schedule.sequences)
         step_blocks = schedule.batch_size * schedule.gradient_accumulation
         weights_NL = weights(found.task, step_blocks, self.rationale_weight)
+        asked = zip(NAMES, (1.0, self.rationale_weight), strict=True)
+        tasks = Tasks(found.task, {name: weight for name, weight in asked if weight})
         if (monitor := schedule.monitor) is None:
-            return Text(found.tokens, weights=weights_NL)
+            return Text(found.tokens, weights=weights_NL, tasks=tasks)
         try:
             heldout = source.blocks("heldout", monitor.blocks, monitor.skip_blocks)
         except DataError as error:
@@ -81,4 +87,4 @@ class TwoTasks(StrictModel):
                 "monitor: no answer stands in its held-out blocks, and rationale_weight is 0",
                 hint="set monitor.blocks to 2 or more",
             )
-        return Text(found.tokens, heldout.tokens, weights_NL, counted_NL)
+        return Text(found.tokens, heldout.tokens, weights_NL, counted_NL, tasks)
