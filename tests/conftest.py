@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -359,6 +360,7 @@ def make_student(tmp_path_factory, make_model, tokenizer_dir):
         noise: float = 0.02,
         dtype: torch.dtype = torch.float32,
         tokenizer: Path = tokenizer_dir,
+        metrics: Iterable = (),
         **changes,
     ) -> Artifact:
         model = make_model(**changes)
@@ -369,6 +371,7 @@ def make_student(tmp_path_factory, make_model, tokenizer_dir):
         out = tmp_path_factory.mktemp("student") / "student"
         with writing(out, kind="checkpoint", config=NoisedConfig(), inputs={}) as draft:
             save_model(model.to(dtype), draft.path, tokenizer_from=tokenizer)
+            draft.metrics.update(metrics)
         return Artifact.open(out)
 
     return make

@@ -1,57 +1,33 @@
 """Terms weighed by the norms of their gradients: against plain autograd, kept, and refused."""
 
-import json
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import distill
 from trt_kd.training.balance import Balance
+
+pytestmark = pytest.mark.usefixtures("modelopt")
 
 MSE = {"loss": "mse", "pairs": [[1, 1], [2, 0]], "weight": 0.25}
 VALUES = {"loss": {"kind": "minilm", "relations": ["values"], "heads": 4}, "pairs": [[0, 0]]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
+@pytest.fixture(scope="module")
+def student(make_student):
+    return make_student(noise=0.03)
 
 
 @pytest.fixture(scope="module")
-def roles(make_student, teacher):
-    return {"student": make_student(noise=0.03), "teacher": teacher}
-
-
-@pytest.fixture(scope="module")
-def settings(text_file):
-    def make(*features, **changes):
-        plain = {
-            "data": {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 16},
-            "steps": 4,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "monitor": None,
-            "task_weight": 0.5,
-            "features": list(features),
-            "balance": {"every_steps": 2},
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
-
-
-def history(artifact):
-    lines = (artifact.path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+def settings(make_settings):
+    return make_settings(data={"block_tokens": 16}, task_weight=0.5, balance={"every_steps": 2})
 
 
 def plain_terms(config, roles):
@@ -83,11 +59,11 @@ def norm(gradients):
 
 @pytest.mark.parametrize(("features", "place"), [([], -1), ([MSE], 2), ([MSE, VALUES], 0)])
 def test_the_first_step_has_norms_weights_and_gradient_of_plain_autograd(
-    settings, roles, tmp_path, features, place
+    settings, roles, tmp_path, features, place, log_of
 ):
     """Shared are the last hidden states, the lowest layer read, or what its attention reads."""
     config = settings(*features, steps=1)
-    row = history(distill(config, **roles, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, **roles, out=tmp_path / "out"))[0]
     student, terms, states = plain_terms(config, roles)
     if not features:
         terms = {name: terms[name] for name in ("response", "task")}
@@ -107,10 +83,10 @@ def test_the_first_step_has_norms_weights_and_gradient_of_plain_autograd(
         assert row["loss_nats_per_token"] == pytest.approx(total.item(), rel=1e-4)
 
 
-def test_norms_are_measured_on_their_steps_and_when_a_term_joins(settings, roles, tmp_path):
+def test_norms_are_measured_on_their_steps_and_when_a_term_joins(settings, roles, tmp_path, log_of):
     rise = {"kind": "linear", "start": 0.0, "end": 0.5}
     config = settings(MSE, balance={"every_steps": 3, "decay": 0.5}, steps=7, task_weight=rise)
-    rows = history(distill(config, **roles, out=tmp_path / "out"))
+    rows = log_of(distill(config, **roles, out=tmp_path / "out"))
     assert "balanced_norm_task" not in rows[0]
     response, task = ([row.get(f"balanced_norm_{name}") for row in rows]
                       for name in ("response", "task"))  # fmt: skip
@@ -122,28 +98,21 @@ def test_norms_are_measured_on_their_steps_and_when_a_term_joins(settings, roles
         assert ratio == pytest.approx(row["task_weight"] * row["balanced_norm_response"])
 
 
-def test_a_run_cut_off_ends_as_if_it_had_not_been(settings, roles, tmp_path, monkeypatch):
-    from trt_kd.training import callbacks
-
-    def cut(self, args, state, control, **_):
-        if state.global_step + 1 == 4:
-            raise KeyboardInterrupt
-
+def test_a_run_cut_off_ends_as_if_it_had_not_been(
+    settings, roles, tmp_path, assert_same_run, cut_off
+):
     config = settings(MSE, gradient_accumulation=2)
     whole = distill(config, **roles, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
-        with pytest.raises(KeyboardInterrupt):
-            distill(config, **roles, out=tmp_path / "out")
-    again = distill(config, **roles, out=tmp_path / "out")
-    both = [load_file(one.path / "model.safetensors") for one in (again, whole)]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
-    assert history(again) == history(whole)
+    run = partial(distill, config, **roles, out=tmp_path / "out")
+    cut_off(run, 4)
+    assert_same_run(run(), whole)
 
 
-def test_a_stage_of_features_alone_is_measured_by_its_first_feature(settings, roles, tmp_path):
+def test_a_stage_of_features_alone_is_measured_by_its_first_feature(
+    settings, roles, tmp_path, log_of
+):
     alone = MSE | {"until_step": 2, "alone": True}
-    rows = history(distill(settings(alone), **roles, out=tmp_path / "out"))
+    rows = log_of(distill(settings(alone), **roles, out=tmp_path / "out"))
     for row in rows[:2]:
         assert row["balanced_weight_feature_mse_1_1"] == 0.25
         assert "balanced_weight_response" not in row

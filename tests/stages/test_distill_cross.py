@@ -1,43 +1,24 @@
 """Distillation from a teacher with another tokenizer, against plain loops over sorted lists."""
 
-import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
-from trt_kd.artifacts import Artifact, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
-from trt_kd.config import StageConfig
+from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ModelError
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import distill
 from trt_kd.teachers.spans import Translator
 
 
-class MadeConfig(StageConfig):
-    """Stands for the stage that made a checkpoint."""
-
-    stage = "prune"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, make_model):
-    def make(tokenizer, **changes):
-        out = tmp_path_factory.mktemp("made") / "model"
-        with writing(out, kind="checkpoint", config=MadeConfig(), inputs={}) as draft:
-            save_model(make_model(**changes), draft.path, tokenizer_from=tokenizer)
-        return Artifact.open(out)
-
-    return make
+def made(make_student):
+    """A checkpoint artifact of a random model."""
+    return lambda tokenizer, **sizes: make_student(0.0, tokenizer=tokenizer, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +32,23 @@ def stranger(made, other_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def settings(text_file):
-    def make(**changes):
-        source = {"kind": "text", "files": [str(text_file)]}
-        plain = {
-            "data": {"source": source, "block_tokens": 32},
-            "loss": "uld",
-            "teacher": "cross_tokenizer",
-            "task_weight": 0.5,
-            "steps": 4,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "monitor": {"every_steps": 2, "blocks": 2, "skip_blocks": 0},
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
+def settings(make_settings):
+    return make_settings(
+        loss="uld",
+        teacher="cross_tokenizer",
+        task_weight=0.5,
+        monitor={"every_steps": 2, "blocks": 2, "skip_blocks": 0},
+    )
 
 
 @pytest.fixture(scope="module")
-def whole(settings, student, stranger, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    return distill(settings(), student=student, teacher=stranger, out=out)
+def roles(student, stranger):
+    return {"student": student, "teacher": stranger}
 
 
-def rows(artifact, name="history"):
-    lines = (artifact.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    found = map(json.loads, lines)
-    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in found]
+@pytest.fixture(scope="module")
+def whole(settings, roles, tmp_path_factory):
+    return distill(settings(), **roles, out=tmp_path_factory.mktemp("whole") / "out")
 
 
 def naive(config, student, teacher):
@@ -105,75 +73,64 @@ def naive(config, student, teacher):
 
 
 def test_the_first_loss_is_that_of_plain_loops_over_common_boundaries(
-    whole, settings, student, stranger
+    whole, settings, student, stranger, log_of
 ):
     total, pairs, predictions = naive(settings(), student, stranger)
-    first = rows(whole)[0]
+    first = log_of(whole)[0]
     assert first["response_nats_per_token"] == pytest.approx(total / predictions, rel=1e-4)
     assert first["aligned_share"] == pytest.approx(pairs / predictions)
     assert 0.3 < first["aligned_share"] < 1
     assert first["loss_nats_per_token"] == pytest.approx(
         first["response_nats_per_token"] + 0.5 * first["task_nats_per_token"], rel=1e-5
     )
-    shares = [row["aligned_share"] for row in rows(whole)]
+    shares = [row["aligned_share"] for row in log_of(whole)]
     assert whole.metrics["aligned_share"] == pytest.approx(np.mean(shares))
 
 
 def test_text_is_learnt_at_every_token_and_measured_without_the_teacher(
-    whole, settings, student, tmp_path
+    whole, settings, student, tmp_path, log_of
 ):
     plain = settings(response_weight=0, teacher="online", loss="forward_kl")
     control = distill(plain, student=student, out=tmp_path / "out")
-    assert rows(whole)[0]["task_nats_per_token"] == pytest.approx(
-        rows(control)[0]["task_nats_per_token"]
+    assert log_of(whole)[0]["task_nats_per_token"] == pytest.approx(
+        log_of(control)[0]["task_nats_per_token"]
     )
-    measured = rows(whole, "monitors")
+    measured = log_of(whole, "monitors")
     assert [row["step"] for row in measured] == [0, 2, 4]
     assert measured[0]["heldout_task_nats_per_token"] == pytest.approx(
-        rows(control, "monitors")[0]["heldout_task_nats_per_token"]
+        log_of(control, "monitors")[0]["heldout_task_nats_per_token"]
     )
     assert "heldout_kl_nats_per_token" not in measured[0]
 
 
-def test_the_response_term_falls(settings, student, stranger, tmp_path):
+def test_the_response_term_falls(settings, student, stranger, tmp_path, log_of):
     config = settings(task_weight=0, steps=12, learning_rate=4e-3, monitor=None)
-    losses = rows(distill(config, student=student, teacher=stranger, out=tmp_path / "out"))
+    losses = log_of(distill(config, student=student, teacher=stranger, out=tmp_path / "out"))
     found = [row["response_nats_per_token"] for row in losses]
     assert np.mean(found[-4:]) < 0.9 * found[0]
 
 
 def test_bf16_and_logits_piece_by_piece_change_little(
-    whole, settings, student, stranger, tmp_path, monkeypatch
+    whole, settings, roles, tmp_path, monkeypatch, log_of
 ):
     from trt_kd.training import head
 
     monkeypatch.setitem(head.GROUP_BYTES, "cpu", 8 * 512 * 2)
     monkeypatch.setitem(head.ROWS_BYTES, "cpu", 3 * 512 * 4)
     config = settings(precision="bf16", steps=1)
-    made = distill(config, student=student, teacher=stranger, out=tmp_path / "out")
-    assert rows(made)[0]["response_nats_per_token"] == pytest.approx(
-        rows(whole)[0]["response_nats_per_token"], rel=0.02
+    made = distill(config, **roles, out=tmp_path / "out")
+    assert log_of(made)[0]["response_nats_per_token"] == pytest.approx(
+        log_of(whole)[0]["response_nats_per_token"], rel=0.02
     )
-    assert rows(made)[0]["aligned_share"] == rows(whole)[0]["aligned_share"]
+    assert log_of(made)[0]["aligned_share"] == log_of(whole)[0]["aligned_share"]
 
 
 def test_a_run_cut_off_ends_as_if_it_had_not_been(
-    whole, settings, student, stranger, tmp_path, monkeypatch
+    whole, settings, roles, tmp_path, assert_same_run, cut_off
 ):
-    from trt_kd.training import callbacks
-
-    def cut(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
-        with pytest.raises(KeyboardInterrupt):
-            distill(settings(), student=student, teacher=stranger, out=tmp_path / "out")
-    again = distill(settings(), student=student, teacher=stranger, out=tmp_path / "out")
-    both = [load_file(one.path / "model.safetensors") for one in (again, whole)]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
-    assert rows(again) == rows(whole)
+    run = partial(distill, settings(), **roles, out=tmp_path / "out")
+    cut_off(run, 4)
+    assert_same_run(run(), whole)
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -1,58 +1,28 @@
 """Layers that learn from the student's own output: against plain autograd, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import distill
 from trt_kd.training.exits import Exits
 
 EXITS = {"layers": [0, 2], "weight": 0.3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
+@pytest.fixture(scope="module")
+def student(make_student):
+    return make_student(noise=0.03)
 
 
 @pytest.fixture(scope="module")
-def roles(make_student, teacher):
-    return {"student": make_student(noise=0.03), "teacher": teacher}
-
-
-@pytest.fixture(scope="module")
-def settings(text_file):
-    def make(**changes):
-        plain = {
-            "data": {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 16},
-            "steps": 3,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "monitor": None,
-            "exits": EXITS,
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
-
-
-def weights(artifact):
-    return load_file(artifact.path / "model.safetensors")
-
-
-def history(artifact):
-    lines = (artifact.path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+def settings(make_settings):
+    return make_settings(data={"block_tokens": 16}, steps=3, exits=EXITS)
 
 
 def norm(gradients):
@@ -61,10 +31,10 @@ def norm(gradients):
 
 @pytest.mark.parametrize("balance", [None, {}])
 def test_the_first_step_is_that_of_plain_autograd_without_a_gradient_into_the_output(
-    settings, roles, tmp_path, balance
+    settings, roles, tmp_path, balance, log_of
 ):
     config = settings(steps=1, balance=balance)
-    row = history(distill(config, **roles, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, **roles, out=tmp_path / "out"))[0]
     student, teacher = (load_model(roles[name].path) for name in ("student", "teacher"))
     tokenizer = load_tokenizer(roles["student"].path)
     blocks = token_blocks(config.data, tokenizer, split="train", count=2, seed=config.seed)
@@ -104,13 +74,15 @@ def test_the_first_step_is_that_of_plain_autograd_without_a_gradient_into_the_ou
             assert row[f"balanced_norm_{name}"] == pytest.approx(norms[name], rel=1e-4)
 
 
-def test_exits_come_closer_and_nothing_of_them_is_written(settings, roles, tmp_path):
+def test_exits_come_closer_and_nothing_of_them_is_written(
+    settings, roles, tmp_path, log_of, weights_of
+):
     config = settings(steps=25, exits={"layers": [1], "weight": 1.0}, learning_rate=3e-3)
     made = distill(config, **roles, out=tmp_path / "out")
-    values = [row["exit_1_nats_per_token"] for row in history(made)]
+    values = [row["exit_1_nats_per_token"] for row in log_of(made)]
     assert np.mean(values[-5:]) < 0.7 * np.mean(values[:3])
     assert made.metrics["exit_1_nats_per_token"] == pytest.approx(np.mean(values[-10:]))
-    assert weights(made).keys() == weights(roles["student"]).keys()
+    assert weights_of(made).keys() == weights_of(roles["student"]).keys()
 
 
 @pytest.mark.parametrize(
@@ -120,15 +92,17 @@ def test_exits_come_closer_and_nothing_of_them_is_written(settings, roles, tmp_p
         {"batch_size": 1, "gradient_accumulation": 2},
     ],
 )
-def test_what_saves_memory_changes_nothing(settings, roles, tmp_path, changes):
+def test_what_saves_memory_changes_nothing(settings, roles, tmp_path, changes, log_of, weights_of):
     plain = distill(settings(), **roles, out=tmp_path / "plain")
     saved = distill(settings(**changes), **roles, out=tmp_path / "saved")
-    torch.testing.assert_close(weights(saved), weights(plain), rtol=1e-4, atol=1e-5)
-    for row, expected in zip(history(saved), history(plain), strict=True):
+    torch.testing.assert_close(weights_of(saved), weights_of(plain), rtol=1e-4, atol=1e-5)
+    for row, expected in zip(log_of(saved), log_of(plain), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_exits_learn_from_hard_labels_own_text_and_beside_features(settings, roles, tmp_path):
+def test_exits_learn_from_hard_labels_own_text_and_beside_features(
+    settings, roles, tmp_path, log_of
+):
     alone = {"loss": "mse", "pairs": [[0, 0]], "until_step": 1, "alone": True}
     config = settings(
         features=[alone],
@@ -136,10 +110,10 @@ def test_exits_learn_from_hard_labels_own_text_and_beside_features(settings, rol
         exits=EXITS | {"weight": {"kind": "linear", "end": 0.5}, "loss": "reverse_kl"},
         precision="bf16",
     )
-    rows = history(distill(config, **roles, out=tmp_path / "out"))
+    rows = log_of(distill(config, **roles, out=tmp_path / "out"))
     assert ["exit_0_nats_per_token" in row for row in rows] == [False, True, True]
     hard = settings(response_weight=0.0, task_weight=1.0)
-    rows = history(distill(hard, student=roles["student"], out=tmp_path / "hard"))
+    rows = log_of(distill(hard, student=roles["student"], out=tmp_path / "hard"))
     assert all(row["exit_2_nats_per_token"] > 0 for row in rows)
 
 

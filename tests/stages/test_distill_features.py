@@ -1,7 +1,7 @@
 """Distillation with losses between layers: what is learnt, logged, kept, resumed and refused."""
 
-import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,43 +9,22 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from trt_kd.artifacts import Artifact, work_directory, writing
-from trt_kd.checkpoints import load_model, load_tokenizer, save_model
-from trt_kd.config import StageConfig
+from trt_kd.artifacts import work_directory
+from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
 from trt_kd.losses import FEATURE_LOSSES
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import DistillConfig, distill
 
 STEPS = 4
 
 
-class PrunedConfig(StageConfig):
-    """Stands for the stage that made a student."""
-
-    stage = "prune"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, make_model, tokenizer_dir):
+def made(make_student):
     """A checkpoint artifact of a random model."""
-
-    def make(seed, metrics=(), **sizes):
-        out = tmp_path_factory.mktemp("made") / "model"
-        with writing(out, kind="checkpoint", config=PrunedConfig(), inputs={}) as draft:
-            save_model(make_model(seed, **sizes), draft.path, tokenizer_from=tokenizer_dir)
-            draft.metrics.update(metrics)
-        return Artifact.open(out)
-
-    return make
+    return lambda seed, metrics=(), **sizes: make_student(0.0, metrics=metrics, seed=seed, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +46,8 @@ def slim(made):
 
 
 @pytest.fixture(scope="module")
-def settings(text_file):
-    def make(*features, **changes):
-        plain = {
-            "data": {
-                "source": {"kind": "text", "files": [str(text_file)]},
-                "block_tokens": 16,
-            },
-            "steps": STEPS,
-            "batch_size": 2,
-            "learning_rate": 1e-2,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "monitor": None,
-            "features": list(features),
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
+def settings(make_settings):
+    return make_settings(data={"block_tokens": 16}, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +59,6 @@ def roles(small, big):
 def whole(tmp_path_factory, settings, roles):
     """A run with every kind of state that nothing interrupted."""
     return distill(settings(*STATEFUL), **roles, out=tmp_path_factory.mktemp("whole") / "out")
-
-
-def weights(artifact):
-    return load_file(artifact.path / "model.safetensors")
-
-
-def history(artifact):
-    lines = (artifact.path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-def assert_same_run(one, other):
-    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
-    assert history(one) == history(other)
 
 
 def first_batch(config, artifact, count=2):
@@ -135,30 +84,27 @@ def joined(settings, roles, tmp_path_factory):
     return distill(escalating(settings, 1e-6), **roles, out=out)
 
 
-def test_features_join_after_the_step_only_where_a_gap_remains(settings, roles, joined, tmp_path):
-    found = [any(name.startswith("feature_") for name in row) for row in history(joined)]
+def test_features_join_after_the_step_only_where_a_gap_remains(
+    settings, roles, joined, tmp_path, log_of, weights_of
+):
+    found = [any(name.startswith("feature_") for name in row) for row in log_of(joined)]
     assert found == [False, False, True, True, True]
     enough = distill(escalating(settings, 1e6), **roles, out=tmp_path / "enough")
     plain = distill(settings(steps=5, learning_rate=1e-4), **roles, out=tmp_path / "plain")
-    assert history(enough) == history(plain)
-    assert history(joined)[:2] == history(plain)[:2]
-    torch.testing.assert_close(weights(enough), weights(plain), rtol=0, atol=0)
+    assert log_of(enough) == log_of(plain)
+    assert log_of(joined)[:2] == log_of(plain)[:2]
+    torch.testing.assert_close(weights_of(enough), weights_of(plain), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_what_was_decided_outlives_a_cut(settings, roles, joined, tmp_path, monkeypatch, step):
-    from trt_kd.training import callbacks
+@pytest.fixture
+def run(settings, roles, tmp_path):
+    return partial(distill, escalating(settings, 1e-6), **roles, out=tmp_path / "out")
 
-    def cut(self, args, state, control, **_):
-        if state.global_step == step:
-            raise KeyboardInterrupt
 
-    config = escalating(settings, 1e-6)
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
-        with pytest.raises(KeyboardInterrupt):
-            distill(config, **roles, out=tmp_path / "out")
-    assert_same_run(distill(config, **roles, out=tmp_path / "out"), joined)
+@pytest.mark.parametrize("step", [3, 5])
+def test_what_was_decided_outlives_a_cut(run, joined, step, assert_same_run, cut_off):
+    cut_off(run, step)
+    assert_same_run(run(), joined)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +129,9 @@ def test_a_decision_that_cannot_be_made_is_refused(settings, feature, changes, m
 # --- what it learns -----------------------------------------------------------------------------
 
 
-def test_every_loss_is_logged_for_each_pair_and_weighted(settings, made, big, tmp_path):
+def test_every_loss_is_logged_for_each_pair_and_weighted(
+    settings, made, big, tmp_path, log_of, weights_of
+):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
     small = made(2, num_hidden_layers=2, **sizes)
     losses = {name: FEATURE_LOSSES.load(name)() for name in FEATURE_LOSSES.names()}
@@ -194,16 +142,18 @@ def test_every_loss_is_logged_for_each_pair_and_weighted(settings, made, big, tm
         for name, loss in losses.items()
     ]  # fmt: skip
     trained = distill(settings(*features), student=small, teacher=big, out=tmp_path / "with")
-    row = history(trained)[-1]
+    row = log_of(trained)[-1]
     names = [f"feature_{n}_{p}" for n in FEATURE_LOSSES.names() for p in ("0_1", "1_2")]
     assert names == [key for key in row if key.startswith("feature_")]
     assert all(trained.metrics[key] > 0 for key in names)
     total = row["response_nats_per_token"] + 0.5 * sum(row[key] for key in names)
     assert row["loss_nats_per_token"] == pytest.approx(total, rel=1e-4)
-    assert weights(trained).keys() == weights(small).keys()
+    assert weights_of(trained).keys() == weights_of(small).keys()
 
 
-def test_the_first_step_logs_the_loss_of_the_untrained_student(settings, slim, big, tmp_path):
+def test_the_first_step_logs_the_loss_of_the_untrained_student(
+    settings, slim, big, tmp_path, log_of
+):
     config = settings({"loss": "mse", "pairs": [[0, 1]]}, {"loss": "cosine", "pairs": [[1, 2]]})
     trained = distill(config, student=slim, teacher=big, out=tmp_path / "out")
     tokens = first_batch(config, slim)
@@ -211,43 +161,45 @@ def test_the_first_step_logs_the_loss_of_the_untrained_student(settings, slim, b
         both = [load_model(x.path)(tokens, output_hidden_states=True) for x in (slim, big)]
     hidden = [output.hidden_states for output in both]
     mse = F.mse_loss(hidden[0][1][:, :-1], hidden[1][2][:, :-1]).item()
-    assert history(trained)[0]["feature_mse_0_1"] == pytest.approx(mse, rel=1e-5)
+    assert log_of(trained)[0]["feature_mse_0_1"] == pytest.approx(mse, rel=1e-5)
     # The last hidden states of transformers are behind the final norm, those of a layer are not.
-    assert 0 < history(trained)[0]["feature_cosine_1_2"] < 2
+    assert 0 < log_of(trained)[0]["feature_cosine_1_2"] < 2
 
 
-def test_a_feature_term_alone_brings_the_layers_together(settings, slim, big, tmp_path):
+def test_a_feature_term_alone_brings_the_layers_together(settings, slim, big, tmp_path, log_of):
     feature = {"loss": "mse", "pairs": "kept", "count": 1, "weight": 100.0, "normalise": "batch"}
     config = settings(feature, steps=20, checkpoint_every_steps=20)
-    rows = history(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
+    rows = log_of(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
     assert rows[-1]["feature_mse_1_2"] < 0.95 * rows[0]["feature_mse_1_2"]
 
 
-def test_a_hint_stage_learns_nothing_else_and_ends(settings, slim, big, tmp_path):
+def test_a_hint_stage_learns_nothing_else_and_ends(settings, slim, big, tmp_path, log_of):
     feature = {"loss": "hint", "pairs": [[0, 0]], "until_step": 2, "alone": True}
     config = settings(feature, checkpoint_every_steps=1, weight_decay=0.0)
     trained = distill(config, student=slim, teacher=big, out=tmp_path / "out")
-    rows = history(trained)
+    rows = log_of(trained)
     assert ["feature_hint_0_0" in row for row in rows] == [True, True, False, False]
     assert rows[0]["loss_nats_per_token"] == pytest.approx(rows[0]["feature_hint_0_0"], rel=1e-5)
     assert rows[3]["loss_nats_per_token"] == rows[3]["response_nats_per_token"]
 
 
-def test_a_hint_reaches_only_the_layers_below_it(settings, slim, big, tmp_path):
+def test_a_hint_reaches_only_the_layers_below_it(settings, slim, big, tmp_path, weights_of):
     feature = {"loss": "hint", "pairs": [[0, 0]], "until_step": 3, "alone": True}
     config = settings(feature, checkpoint_every_steps=10, weight_decay=0.0)
     # The last step is the response's: a cosine has brought the learning rate near zero by then.
     trained, before = (
         distill(config, student=slim, teacher=big, out=tmp_path / "out"),
-        weights(slim),
+        weights_of(slim),
     )
-    moved = {k: (v - before[k]).abs().max().item() for k, v in weights(trained).items()}
+    moved = {k: (v - before[k]).abs().max().item() for k, v in weights_of(trained).items()}
     lower = min(v for k, v in moved.items() if "layers.0" in k and "proj" in k)
     upper = max(v for k, v in moved.items() if "layers.1" in k)
     assert lower > 2 * upper
 
 
-def test_accumulated_passes_make_the_step_of_one_larger_pass(settings, small, big, tmp_path):
+def test_accumulated_passes_make_the_step_of_one_larger_pass(
+    settings, small, big, tmp_path, log_of, weights_of
+):
     features = [
         {"loss": {"kind": "crd", "memory": 20}, "pairs": [[1, 2]], "projector": "linear"},
         {"loss": "minilm", "pairs": [[0, 1]]},
@@ -256,17 +208,19 @@ def test_accumulated_passes_make_the_step_of_one_larger_pass(settings, small, bi
     whole = distill(settings(*features), student=small, teacher=big, out=tmp_path / "one")
     config = settings(*features, batch_size=1, gradient_accumulation=2)
     parts = distill(config, student=small, teacher=big, out=tmp_path / "two")
-    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-4)
-    assert "feature_crd_1_2" not in history(whole)[0]
-    assert history(parts)[1]["feature_crd_1_2"] == pytest.approx(
-        history(whole)[1]["feature_crd_1_2"], rel=1e-3
+    torch.testing.assert_close(weights_of(parts), weights_of(whole), rtol=1e-3, atol=1e-4)
+    assert "feature_crd_1_2" not in log_of(whole)[0]
+    assert log_of(parts)[1]["feature_crd_1_2"] == pytest.approx(
+        log_of(whole)[1]["feature_crd_1_2"], rel=1e-3
     )
 
 
-def test_minilm_s_first_version_compares_the_attention_of_the_models(settings, slim, big, tmp_path):
+def test_minilm_s_first_version_compares_the_attention_of_the_models(
+    settings, slim, big, tmp_path, log_of
+):
     """Against transformers' own attention probabilities."""
     config = settings({"loss": {"kind": "minilm_v1", "heads": 4}, "pairs": [[1, 2]]}, steps=1)
-    row = history(distill(config, student=slim, teacher=big, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, student=slim, teacher=big, out=tmp_path / "out"))[0]
     tokens, found = first_batch(config, slim), []
     for artifact, layer in ((slim, 1), (big, 2)):
         model = load_model(artifact.path)
@@ -286,10 +240,10 @@ def test_minilm_s_first_version_compares_the_attention_of_the_models(settings, s
     assert row["feature_minilm_v1_1_2"] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_a_weight_can_follow_a_schedule(settings, slim, big, tmp_path):
+def test_a_weight_can_follow_a_schedule(settings, slim, big, tmp_path, log_of):
     weight = {"kind": "linear", "end": 2.0, "steps": 3}
     config = settings({"loss": "mse", "pairs": [[0, 0]], "weight": weight})
-    rows = history(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
+    rows = log_of(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
     found = [
         (row["loss_nats_per_token"] - row["response_nats_per_token"]) / row["feature_mse_0_0"]
         for row in rows
@@ -297,17 +251,19 @@ def test_a_weight_can_follow_a_schedule(settings, slim, big, tmp_path):
     assert found == pytest.approx([0.0, 1.0, 2.0, 2.0], abs=1e-4)
 
 
-def test_features_work_beside_hard_labels_without_a_response_term(settings, slim, big, tmp_path):
+def test_features_work_beside_hard_labels_without_a_response_term(
+    settings, slim, big, tmp_path, log_of
+):
     config = settings({"loss": "pkt", "count": 1}, response_weight=0.0, task_weight=1.0)
-    rows = history(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
+    rows = log_of(distill(config, student=slim, teacher=big, out=tmp_path / "out"))
     assert "response_nats_per_token" not in rows[0]
     assert rows[0]["feature_pkt_1_1"] > 0
 
 
-def test_bf16_training_gives_nearly_the_same_features(settings, slim, big, tmp_path):
+def test_bf16_training_gives_nearly_the_same_features(settings, slim, big, tmp_path, log_of):
     feature = {"loss": "mse", "pairs": "cka", "count": 1}
     rows = [
-        history(
+        log_of(
             distill(
                 settings(feature, steps=1, precision=p), student=slim, teacher=big, out=tmp_path / p
             )
@@ -327,7 +283,9 @@ STATEFUL = [
 ]
 
 
-def test_a_run_cut_off_ends_as_if_it_had_not_been(whole, settings, roles, tmp_path, monkeypatch):
+def test_a_run_cut_off_ends_as_if_it_had_not_been(
+    whole, settings, roles, tmp_path, monkeypatch, assert_same_run
+):
     config = settings(*STATEFUL)
     from trt_kd.training import callbacks
 
@@ -346,8 +304,8 @@ def test_a_run_cut_off_ends_as_if_it_had_not_been(whole, settings, roles, tmp_pa
     assert not work.exists()
 
 
-def test_the_student_holds_stock_weights_only(whole, small):
-    assert weights(whole).keys() == weights(small).keys()
+def test_the_student_holds_stock_weights_only(whole, small, weights_of):
+    assert weights_of(whole).keys() == weights_of(small).keys()
     assert whole.metrics["parameters"] == load_model(small.path).num_parameters()
     assert not [name for name in whole.manifest.files if "feature" in name]
 

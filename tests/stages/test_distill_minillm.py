@@ -1,26 +1,21 @@
 """Distillation by MiniLLM's policy gradient: what is sampled and learnt, that it survives."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import distill
 from trt_kd.training.on_policy import OnPolicy
 
-STEPS = 4
+pytestmark = pytest.mark.usefixtures("modelopt")
+
 POLICY = {"teacher_mix": 0.3}
 WRITE = {"share": 1.0, "prompt_tokens": 8, "new_tokens": 6, "policy_gradient": POLICY}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +24,14 @@ def student(make_student):
 
 
 @pytest.fixture(scope="module")
-def settings(text_file):
-    def make(**changes):
-        source = {"kind": "text", "files": [str(text_file)]}
-        plain = {
-            "data": {"source": source, "block_tokens": 32},
-            "steps": STEPS,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "loss": "reverse_kl",
-            "on_policy": WRITE,
-            "monitor": None,
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def roles(student, teacher):
-    return {"student": student, "teacher": teacher}
+def settings(make_settings):
+    return make_settings(loss="reverse_kl", on_policy=WRITE)
 
 
 @pytest.fixture(scope="module")
 def whole(settings, roles, tmp_path_factory):
     """A run that nothing interrupted."""
     return distill(settings(), **roles, out=tmp_path_factory.mktemp("whole") / "out")
-
-
-def history(artifact):
-    lines = (artifact.path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 # --- what is sampled ----------------------------------------------------------------------------
@@ -119,10 +89,10 @@ def first_step(config, roles):
         {"teacher_mix": 0.3, "single_step": False},
     ],
 )
-def test_the_first_step_is_that_of_the_formula(settings, roles, tmp_path, policy):
+def test_the_first_step_is_that_of_the_formula(settings, roles, tmp_path, policy, log_of):
     """Value and gradient norm, with the formula as written in the paper and plain autograd."""
     config = settings(steps=1, on_policy=WRITE | {"policy_gradient": policy})
-    row = history(distill(config, **roles, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, **roles, out=tmp_path / "out"))[0]
     student, teacher, batch = first_step(config, roles)
     options = config.on_policy.policy_gradient
     log_q = student(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
@@ -159,18 +129,18 @@ def test_the_first_step_is_that_of_the_formula(settings, roles, tmp_path, policy
         assert "importance_weight" not in row
 
 
-def test_steps_on_text_take_the_loss_and_the_task(settings, roles, tmp_path):
+def test_steps_on_text_take_the_loss_and_the_task(settings, roles, tmp_path, log_of):
     config = settings(
         steps=6, on_policy=WRITE | {"share": 0.5}, loss="dkd", task_weight=0.5, seed=2
     )
     drawn = [config.on_policy.draws(step, config.seed) for step in range(6)]
     assert set(drawn) == {True, False}
-    rows = history(distill(config, **roles, out=tmp_path / "out"))
+    rows = log_of(distill(config, **roles, out=tmp_path / "out"))
     assert ["generated_tokens" in row for row in rows] == drawn
     assert ["task_nats_per_token" not in row for row in rows] == drawn
 
 
-def test_the_student_comes_closer_to_the_teacher(settings, roles, tmp_path):
+def test_the_student_comes_closer_to_the_teacher(settings, roles, tmp_path, log_of):
     config = settings(
         steps=16,
         batch_size=16,
@@ -180,7 +150,7 @@ def test_the_student_comes_closer_to_the_teacher(settings, roles, tmp_path):
     )
     losses = [
         row["response_nats_per_token"]
-        for row in history(distill(config, **roles, out=tmp_path / "out"))
+        for row in log_of(distill(config, **roles, out=tmp_path / "out"))
     ]
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:3])
 
@@ -188,21 +158,12 @@ def test_the_student_comes_closer_to_the_teacher(settings, roles, tmp_path):
 # --- how it survives ----------------------------------------------------------------------------
 
 
-def test_a_run_cut_off_ends_as_if_it_had_not_been(whole, settings, roles, tmp_path, monkeypatch):
-    from trt_kd.training import callbacks
-
-    def cut(self, args, state, control, **_):
-        if state.global_step + 1 == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
-        with pytest.raises(KeyboardInterrupt):
-            distill(settings(), **roles, out=tmp_path / "out")
-    again = distill(settings(), **roles, out=tmp_path / "out")
-    both = [load_file(one.path / "model.safetensors") for one in (again, whole)]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
-    assert history(again) == history(whole)
+def test_a_run_cut_off_ends_as_if_it_had_not_been(
+    whole, settings, roles, tmp_path, assert_same_run, cut_off
+):
+    run = partial(distill, settings(), **roles, out=tmp_path / "out")
+    cut_off(run, 4)
+    assert_same_run(run(), whole)
 
 
 # --- what it refuses ----------------------------------------------------------------------------

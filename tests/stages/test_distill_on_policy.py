@@ -1,6 +1,6 @@
 """Distillation on what the student writes itself: what is learnt, that it survives, what not."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,16 +12,13 @@ from trt_kd.artifacts import work_directory
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import ConfigError
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import distill
 from trt_kd.training.on_policy import OnPolicy
+
+pytestmark = pytest.mark.usefixtures("modelopt")
 
 STEPS = 6
 WRITE = {"share": 0.5, "prompt_tokens": 8, "new_tokens": 12}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +27,9 @@ def student(make_student):
 
 
 @pytest.fixture(scope="module")
-def settings(text_file):
-    def make(**changes):
-        source = {"kind": "text", "files": [str(text_file)]}
-        plain = {
-            "data": {"source": source, "block_tokens": 32},
-            "steps": STEPS,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 2,
-            "precision": "fp32",
-            "loss": {"kind": "jsd", "beta": 0.3},
-            "task_weight": 0.25,
-            "on_policy": WRITE,
-            "monitor": None,
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
+def settings(make_settings):
+    loss = {"kind": "jsd", "beta": 0.3}
+    return make_settings(steps=STEPS, loss=loss, task_weight=0.25, on_policy=WRITE)
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +37,6 @@ def whole(settings, student, teacher, tmp_path_factory):
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return distill(settings(), student=student, teacher=teacher, out=out)
-
-
-@pytest.fixture(scope="module")
-def roles(student, teacher):
-    return {"student": student, "teacher": teacher}
-
-
-def history(artifact):
-    lines = (artifact.path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = map(json.loads, lines)
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 # --- the draw and the sampling ------------------------------------------------------------------
@@ -163,53 +134,55 @@ def alone(settings, student, teacher, tmp_path_factory):
     return config, distill(config, student=student, teacher=teacher, out=out)
 
 
-def test_the_first_loss_is_that_of_the_formula_on_the_students_own_tokens(alone, student, teacher):
+def test_the_first_loss_is_that_of_the_formula_on_the_students_own_tokens(
+    alone, student, teacher, log_of
+):
     config, artifact = alone
     batches = first_step(config, student)
     q, p = (valid_logits(one.path, batches).softmax(-1) for one in (student, teacher))
     beta = config.loss.beta
     m = beta * p + (1 - beta) * q
     divergence = beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
-    row = history(artifact)[0]
+    row = log_of(artifact)[0]
     assert row["response_nats_per_token"] == pytest.approx(divergence.item() / len(q), rel=1e-4)
     assert row["loss_nats_per_token"] == row["response_nats_per_token"]
     assert "task_nats_per_token" not in row
     assert row["generated_tokens"] == pytest.approx(len(q) / 4)
 
 
-def test_the_first_loss_is_that_of_trl(alone, student, teacher):
+def test_the_first_loss_is_that_of_trl(alone, student, teacher, log_of):
     gkd = pytest.importorskip("trl.experimental.gkd")
     config, artifact = alone
     batches = first_step(config, student)
     q, p = (valid_logits(one.path, batches) for one in (student, teacher))
     theirs = gkd.GKDTrainer.generalized_jsd_loss(q[None], p[None], beta=config.loss.beta)
-    found = history(artifact)[0]["response_nats_per_token"] * len(q)
+    found = log_of(artifact)[0]["response_nats_per_token"] * len(q)
     assert found == pytest.approx(theirs.item(), rel=1e-4)  # "batchmean" over a batch of one
 
 
-def test_steps_on_text_and_on_own_text_follow_the_draw(whole, settings):
+def test_steps_on_text_and_on_own_text_follow_the_draw(whole, settings, log_of):
     config = settings()
     drawn = [config.on_policy.draws(step, config.seed) for step in range(STEPS)]
     assert set(drawn) == {True, False}
-    rows = history(whole)
+    rows = log_of(whole)
     assert ["generated_tokens" in row for row in rows] == drawn
     assert ["task_nats_per_token" not in row for row in rows] == drawn
     assert all(1 <= row["generated_tokens"] <= 12 for row in rows if "generated_tokens" in row)
 
 
 def test_steps_on_text_are_those_of_a_run_without_own_text(
-    whole, settings, student, teacher, tmp_path
+    whole, settings, student, teacher, tmp_path, log_of
 ):
     plain = distill(settings(on_policy=None), student=student, teacher=teacher, out=tmp_path / "o")
-    first = history(whole)[0]
+    first = log_of(whole)[0]
     assert ("generated_tokens" in first) == settings().on_policy.draws(0, 0)
     if "generated_tokens" not in first:
-        assert first == history(plain)[0]
+        assert first == log_of(plain)[0]
     ours, theirs = (load_file(one.path / "model.safetensors") for one in (whole, plain))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_student_comes_closer_on_its_own_text(settings, student, teacher, tmp_path):
+def test_the_student_comes_closer_on_its_own_text(settings, student, teacher, tmp_path, log_of):
     config = settings(
         on_policy=WRITE | {"share": 1.0},
         task_weight=0,
@@ -219,34 +192,29 @@ def test_the_student_comes_closer_on_its_own_text(settings, student, teacher, tm
         learning_rate=4e-3,
     )
     made = distill(config, student=student, teacher=teacher, out=tmp_path / "out")
-    losses = [row["response_nats_per_token"] for row in history(made)]
+    losses = [row["response_nats_per_token"] for row in log_of(made)]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
 
 
 # --- how it survives ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(settings, roles, out):
+    return partial(distill, settings(), **roles, out=out)
+
+
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_run_cut_off_ends_as_if_it_had_not_been(
-    whole, settings, roles, tmp_path, monkeypatch, step
-):
-    from trt_kd.training import callbacks
-
-    def cut(self, args, state, control, **_):
-        if state.global_step + 1 == step:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.MarkCheckpoints, "on_step_begin", cut)
-        with pytest.raises(KeyboardInterrupt):
-            distill(settings(), **roles, out=out)
+def test_a_run_cut_off_ends_as_if_it_had_not_been(run, whole, out, step, assert_same_run, cut_off):
+    cut_off(run, step)
     found = [path.name for path in (work_directory(out) / "checkpoints").glob("*")]
     assert found == (["checkpoint-2"] if step > 2 else [])
-    again = distill(settings(), **roles, out=out)
-    both = [load_file(one.path / "model.safetensors") for one in (again, whole)]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
-    assert history(again) == history(whole)
+    assert_same_run(run(), whole)
 
 
 # --- what it refuses ----------------------------------------------------------------------------

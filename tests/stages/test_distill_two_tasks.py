@@ -7,42 +7,28 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import documents
 from trt_kd.errors import DataError
 from trt_kd.stages import teaching
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt, text_of
+from trt_kd.stages.distill import DistillConfig, distill, text_of
 from trt_kd.training.run import Run, Text
 
 BLOCK = 96
 PLAIN = {"response_weight": 0.0, "task_weight": 1.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
-
-
 @pytest.fixture(scope="module")
-def settings(traces):
-    def make(**changes):
-        plain = {
-            "data": {"source": traces, "block_tokens": BLOCK, "heldout_share": 0.2},
-            "steps": 2,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 1,
-            "precision": "fp32",
-            "monitor": None,
-            "two_tasks": {"rationale_weight": 0.5},
-            **PLAIN,
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
+def settings(make_settings, traces):
+    return make_settings(
+        data={"source": traces, "block_tokens": BLOCK, "heldout_share": 0.2},
+        steps=2,
+        checkpoint_every_steps=1,
+        two_tasks={"rationale_weight": 0.5},
+        **PLAIN,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +39,6 @@ def student(make_student):
 @pytest.fixture(scope="module")
 def tokenizer(student):
     return load_tokenizer(student.path)
-
-
-def weights_of(artifact):
-    return load_file(artifact.path / "model.safetensors")
-
-
-def rows_of(artifact, name="history"):
-    lines = (artifact.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
 
 
 def examples(config, tokenizer, split="train"):
@@ -112,11 +89,13 @@ def test_a_block_is_one_example_and_both_of_a_trace_follow_each_other(settings, 
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 1)])
-def test_a_step_is_that_of_two_means_in_float64(settings, student, tokenizer, tmp_path, shape):
+def test_a_step_is_that_of_two_means_in_float64(
+    settings, student, tokenizer, tmp_path, shape, log_of
+):
     batch_size, passes = shape
     changes = {"steps": 1, "batch_size": batch_size, "gradient_accumulation": passes}
     config = settings(**changes)
-    row = rows_of(distill(config, student=student, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, student=student, out=tmp_path / "out"))[0]
     text = text_of(config, tokenizer)
     known = [x for pair in examples(config, tokenizer).values() for x in pair]
     model = load_model(student.path).double()
@@ -175,16 +154,16 @@ def test_a_rationale_weight_of_zero_is_the_label_task_alone(settings, student, t
 
 @pytest.mark.parametrize("teacher_kind", [None, "online", "cached"])
 def test_what_is_not_learnt_never_matters_nan_included(
-    settings, student, teacher, tmp_path, monkeypatch, teacher_kind
+    settings, roles, tmp_path, monkeypatch, teacher_kind, assert_same_run
 ):
     """Prompts are read, so only what is predicted there may differ: states are poisoned."""
     from trt_kd.training.objective import ObjectiveTrainer
 
     changes = {} if teacher_kind is None else {"response_weight": 1.0, "teacher": teacher_kind}
     config = settings(exits=None, **changes)
-    inputs = {"student": student} | ({} if teacher_kind is None else {"teacher": teacher})
+    inputs = {name: roles[name] for name in roles if name == "student" or teacher_kind}
     plain = distill(config, **inputs, out=tmp_path / "plain")
-    learnt = text_of(config, load_tokenizer(student.path))
+    learnt = text_of(config, load_tokenizer(roles["student"].path))
     real = ObjectiveTrainer._hidden_states
 
     def poisoned(self, model, tokens_BL):
@@ -195,13 +174,12 @@ def test_what_is_not_learnt_never_matters_nan_included(
 
     monkeypatch.setattr(ObjectiveTrainer, "_hidden_states", poisoned)
     other = distill(config, **inputs, out=tmp_path / "poisoned")
-    assert rows_of(plain) == rows_of(other)
-    torch.testing.assert_close(weights_of(plain), weights_of(other), rtol=0, atol=0)
+    assert_same_run(plain, other)
 
 
-def test_a_teacher_is_heard_where_something_is_learnt(settings, student, teacher, tmp_path):
+def test_a_teacher_is_heard_where_something_is_learnt(settings, student, teacher, tmp_path, log_of):
     config = settings(response_weight=1.0, task_weight=0.3, steps=1)
-    row = rows_of(distill(config, student=student, teacher=teacher, out=tmp_path / "out"))[0]
+    row = log_of(distill(config, student=student, teacher=teacher, out=tmp_path / "out"))[0]
     tokenizer = load_tokenizer(student.path)
     text = text_of(config, tokenizer)
     models = [load_model(one.path).double() for one in (student, teacher)]
@@ -214,12 +192,12 @@ def test_a_teacher_is_heard_where_something_is_learnt(settings, student, teacher
         response_weight=1.0, task_weight=0.3, steps=1, teacher={"kind": "cached", "k": 500}
     )
     made = distill(cached, student=student, teacher=teacher, out=tmp_path / "cached")
-    assert rows_of(made)[0]["task_nats_per_token"] == row["task_nats_per_token"]
-    assert rows_of(made)[0]["response_nats_per_token"] == pytest.approx(expected.item(), rel=0.05)
+    assert log_of(made)[0]["task_nats_per_token"] == row["task_nats_per_token"]
+    assert log_of(made)[0]["response_nats_per_token"] == pytest.approx(expected.item(), rel=0.05)
 
 
 def test_the_monitor_measures_what_is_learnt_of_held_out_traces(
-    settings, student, tokenizer, tmp_path
+    settings, student, tokenizer, tmp_path, log_of
 ):
     config = settings(steps=1, monitor={"every_steps": 1, "blocks": 3, "skip_blocks": 1})
     made = distill(config, student=student, out=tmp_path / "out")
@@ -231,11 +209,13 @@ def test_the_monitor_measures_what_is_learnt_of_held_out_traces(
         (example,) = [x for x in known if list(tokens[: len(x[0] + x[1])]) == x[0] + x[1]]
         with torch.no_grad():
             nats.append(loss_of(model, example))
-    found = rows_of(made, "monitors")[0]["heldout_task_nats_per_token"]
+    found = log_of(made, "monitors")[0]["heldout_task_nats_per_token"]
     assert found == pytest.approx(torch.cat(nats).mean().item(), rel=1e-5)
 
 
-def test_a_run_that_is_killed_ends_with_the_same_weights(settings, student, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_ends_with_the_same_weights(
+    settings, student, tmp_path, monkeypatch, assert_same_run
+):
     config = settings(steps=4)
     whole = distill(config, student=student, out=tmp_path / "whole")
     from trt_kd.training.blocks import Blocks
@@ -253,8 +233,7 @@ def test_a_run_that_is_killed_ends_with_the_same_weights(settings, student, tmp_
         with pytest.raises(KeyboardInterrupt):
             distill(config, student=student, out=tmp_path / "cut")
     again = distill(config, student=student, out=tmp_path / "cut")
-    torch.testing.assert_close(weights_of(whole), weights_of(again), rtol=0, atol=0)
-    assert rows_of(whole) == rows_of(again)
+    assert_same_run(whole, again)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Weights, monitors and alarms of a whole distillation of a tiny model."""
 
-import json
 import logging
 from dataclasses import replace
 
@@ -8,24 +7,18 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from trt_kd.artifacts import work_directory
 from trt_kd.checkpoints import load_model, load_tokenizer
 from trt_kd.data.base import token_blocks
 from trt_kd.errors import DataError, TrtKdError
 from trt_kd.evaluation.fidelity import block_scores
-from trt_kd.stages.distill import DistillConfig, distill, require_modelopt
+from trt_kd.stages.distill import DistillConfig, distill
 from trt_kd.training import alarms
 from trt_kd.training.alarms import ALARMS
 
 STEPS, BLOCKS, SKIP = 8, 3, 2
 MONITOR = {"every_steps": 3, "blocks": BLOCKS, "skip_blocks": SKIP}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modelopt():
-    require_modelopt()
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +27,15 @@ def student(make_student):
 
 
 @pytest.fixture(scope="module")
-def settings(text_file):
-    """Settings of a short run whose weights move; keyword arguments replace them."""
-
-    def make(**changes):
-        source = {"kind": "text", "files": [str(text_file)]}
-        plain = {
-            "data": {"source": source, "block_tokens": 32},
-            "steps": STEPS,
-            "batch_size": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 4,
-            "precision": "fp32",
-            "task_weight": {"kind": "linear", "end": 0.5, "steps": 6},
-            "response_weight": {"kind": "cosine", "start": 1.0, "end": 0.5},
-            "monitor": MONITOR,
-        }
-        return DistillConfig.model_validate(plain | changes)
-
-    return make
+def settings(make_settings):
+    """Settings of a short run whose weights move."""
+    return make_settings(
+        steps=STEPS,
+        checkpoint_every_steps=4,
+        task_weight={"kind": "linear", "end": 0.5, "steps": 6},
+        response_weight={"kind": "cosine", "start": 1.0, "end": 0.5},
+        monitor=MONITOR,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +45,12 @@ def watched(settings, student, teacher, tmp_path_factory):
     return distill(settings(), student=student, teacher=teacher, out=out)
 
 
-def rows(artifact, name="history"):
-    text = (artifact.path / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def assert_same_weights(one, other):
-    both = [load_file(artifact.path / "model.safetensors") for artifact in (one, other)]
-    torch.testing.assert_close(*both, rtol=0, atol=0)
-
-
 # --- weights ------------------------------------------------------------------------------------
 
 
-def test_every_step_logs_its_weights_and_the_sum_that_they_make(watched, settings):
+def test_every_step_logs_its_weights_and_the_sum_that_they_make(watched, settings, log_of):
     config = settings()
-    for row in rows(watched):
+    for row in log_of(watched):
         step = row["step"] - 1
         task, response = config.task_weight.at(step, STEPS), config.response_weight.at(step, STEPS)
         assert row["response_weight"] == response
@@ -87,8 +60,8 @@ def test_every_step_logs_its_weights_and_the_sum_that_they_make(watched, setting
         assert row["loss_nats_per_token"] == pytest.approx(total, rel=1e-6)
 
 
-def test_a_term_of_weight_zero_is_not_computed_at_that_step(watched):
-    first, second, *_ = rows(watched)
+def test_a_term_of_weight_zero_is_not_computed_at_that_step(watched, log_of):
+    first, second, *_ = log_of(watched)
     assert "task_nats_per_token" not in first
     assert second["task_nats_per_token"] > 0
 
@@ -149,13 +122,15 @@ def logits(model, blocks):
         return load_model(model.path)(torch.from_numpy(np.array(blocks))).logits.numpy()
 
 
-def test_it_measures_before_the_first_step_every_few_and_at_the_end(watched):
-    assert [row["step"] for row in rows(watched, "monitors")] == [0, 3, 6, 8]
+def test_it_measures_before_the_first_step_every_few_and_at_the_end(watched, log_of):
+    assert [row["step"] for row in log_of(watched, "monitors")] == [0, 3, 6, 8]
 
 
 @pytest.mark.parametrize("which", ["first", "last"])
-def test_a_measurement_is_what_the_evaluation_finds(watched, settings, student, teacher, which):
-    row = rows(watched, "monitors")[0 if which == "first" else -1]
+def test_a_measurement_is_what_the_evaluation_finds(
+    watched, settings, student, teacher, which, log_of
+):
+    row = log_of(watched, "monitors")[0 if which == "first" else -1]
     model = student if which == "first" else watched
     blocks = heldout(settings(), teacher)
     scores = block_scores(logits(model, blocks), logits(teacher, blocks), blocks)
@@ -165,22 +140,22 @@ def test_a_measurement_is_what_the_evaluation_finds(watched, settings, student, 
     assert 0 < row["heldout_entropy_nats_per_token"] < np.log(512)
 
 
-def test_gradient_norms_by_layer_make_up_that_of_the_step(watched):
-    steps = {row["step"]: row for row in rows(watched)}
-    for row in rows(watched, "monitors")[1:]:
+def test_gradient_norms_by_layer_make_up_that_of_the_step(watched, log_of):
+    steps = {row["step"]: row for row in log_of(watched)}
+    for row in log_of(watched, "monitors")[1:]:
         norms = [value for name, value in row.items() if name.startswith("grad_norm_")]
         assert len(norms) == 5
         total = sum(norm**2 for norm in norms) ** 0.5
         assert total == pytest.approx(steps[row["step"]]["grad_norm"], rel=1e-5)
 
 
-def test_the_manifest_holds_the_last_measurement_the_first_and_their_time(watched):
-    first, *_, last = rows(watched, "monitors")
+def test_the_manifest_holds_the_last_measurement_the_first_and_their_time(watched, log_of):
+    first, *_, last = log_of(watched, "monitors")
     for name in ("kl_nats_per_token", "top1_agreement", "task_nats_per_token"):
         assert watched.metrics[f"heldout_{name}"] == last[f"heldout_{name}"]
         assert watched.metrics[f"heldout_{name}_before"] == first[f"heldout_{name}"]
     assert watched.metrics["monitor_s"] == pytest.approx(
-        sum(row["monitor_seconds"] for row in rows(watched, "monitors"))
+        sum(row["monitor_seconds"] for row in log_of(watched, "monitors", times=True))
     )
     assert watched.metrics["alarms"] == []
 
@@ -194,17 +169,21 @@ def test_tensorboard_has_every_measurement_once(watched):
     assert [value.step for value in values] == [0, 3, 6, 8]
 
 
-def test_watching_changes_nothing_of_the_training(watched, settings, student, teacher, tmp_path):
+def test_watching_changes_nothing_of_the_training(
+    watched, settings, student, teacher, tmp_path, assert_same_weights
+):
     config = settings(monitor=None)
     alone = distill(config, student=student, teacher=teacher, out=tmp_path / "out")
     assert_same_weights(alone, watched)
     assert not (alone.path / "monitors.jsonl").exists()
 
 
-def test_a_cached_teacher_is_measured_against_too(watched, settings, student, teacher, tmp_path):
+def test_a_cached_teacher_is_measured_against_too(
+    watched, settings, student, teacher, tmp_path, log_of
+):
     config = settings(teacher={"kind": "cached", "k": 16}, steps=2, task_weight=0.0)
     cached = distill(config, student=student, teacher=teacher, out=tmp_path / "out")
-    bucketed, dense = rows(cached, "monitors")[0], rows(watched, "monitors")[0]
+    bucketed, dense = log_of(cached, "monitors")[0], log_of(watched, "monitors")[0]
     name = "heldout_task_nats_per_token"
     assert bucketed[name] == pytest.approx(dense[name])
     name = "heldout_top1_agreement"  # stored log-probabilities are rounded: near ties may turn
@@ -213,10 +192,10 @@ def test_a_cached_teacher_is_measured_against_too(watched, settings, student, te
     assert 0 < bucketed[name] < dense[name]
 
 
-def test_without_a_teacher_there_is_nothing_to_agree_with(settings, student, tmp_path):
+def test_without_a_teacher_there_is_nothing_to_agree_with(settings, student, tmp_path, log_of):
     config = settings(steps=2, task_weight=0.0).cross_entropy()
     control = distill(config, student=student, out=tmp_path / "out")
-    names = {name for row in rows(control, "monitors") for name in row if "heldout" in name}
+    names = {name for row in log_of(control, "monitors") for name in row if "heldout" in name}
     assert names == {"heldout_task_nats_per_token", "heldout_entropy_nats_per_token"}
 
 
@@ -234,11 +213,6 @@ def test_too_little_held_out_text_is_found_before_a_model_is_loaded(
 
 
 @pytest.fixture
-def roles(student, teacher):
-    return {"student": student, "teacher": teacher}
-
-
-@pytest.fixture
 def raised_at_five(monkeypatch):
     """The alarm response_rises is raised at step 5."""
     changed = tuple(
@@ -250,8 +224,9 @@ def raised_at_five(monkeypatch):
     monkeypatch.setattr(alarms, "ALARMS", changed)
 
 
+@pytest.mark.usefixtures("raised_at_five")
 def test_an_alarm_is_said_once_and_stands_in_the_manifest(
-    raised_at_five, watched, settings, roles, tmp_path, caplog
+    watched, settings, roles, tmp_path, caplog, assert_same_weights
 ):
     with caplog.at_level(logging.WARNING, "trt_kd"):
         made = distill(settings(), **roles, out=tmp_path / "out")
@@ -263,8 +238,9 @@ def test_an_alarm_is_said_once_and_stands_in_the_manifest(
     assert_same_weights(made, watched)
 
 
+@pytest.mark.usefixtures("raised_at_five")
 def test_a_stopped_run_keeps_its_checkpoint_and_goes_on_once_it_may(
-    raised_at_five, watched, settings, roles, tmp_path
+    watched, settings, roles, tmp_path, assert_same_weights
 ):
     out = tmp_path / "out"
     stopping = settings(stop_on=["response_rises"])

@@ -13,11 +13,6 @@ from trt_kd.stages.quantize import QuantizeConfig, quantize
 
 
 @pytest.fixture(scope="module")
-def data(text_file):
-    return {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
-
-
-@pytest.fixture(scope="module")
 def quantized(teacher, data, tmp_path_factory) -> Artifact:
     config = QuantizeConfig(format="fp8", data=data, calibration_tokens=128, heldout_blocks=1)
     return quantize(config, source=teacher, out=tmp_path_factory.mktemp("stage") / "fp8")

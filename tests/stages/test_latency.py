@@ -47,11 +47,6 @@ INPUT_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def data(text_file):
-    return {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
-
-
-@pytest.fixture(scope="module")
 def mixture(tmp_path_factory, tokenizer_dir):
     """A tiny Mixtral of four experts, two for a token."""
     import torch

@@ -24,11 +24,6 @@ from trt_kd.stages.score import ScoreConfig, score, scoring_of
 
 
 @pytest.fixture(scope="module")
-def data(text_file):
-    return {"source": {"kind": "text", "files": [str(text_file)]}, "block_tokens": 32}
-
-
-@pytest.fixture(scope="module")
 def settings(data):
     return {
         "axes": [{"kind": "ffn", "multiple_of": 8}, "heads", "depth"],
