@@ -285,7 +285,7 @@ def test_a_key_that_stands_twice_is_an_error(yaml_file, text):
     [
         ("a: [1\n", "is not valid YAML"),
         ("- 1\n- 2\n", "holds list, not a mapping"),
-        ("", "holds NoneType, not a mapping"),
+        ("", "holds nothing, not a mapping"),
         ("just words", "holds str, not a mapping"),
         (b"\xff\xfe\x00", "cannot be read"),
         ("a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),

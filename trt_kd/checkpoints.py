@@ -6,6 +6,7 @@ What is saved loads in stock transformers, 4.57 and 5 alike: rope in both spelli
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.architectures import ARCHITECTURES, architecture_of
+from trt_kd.architectures.shape import model_type_of
 from trt_kd.errors import ModelError
 from trt_kd.optional import require
 
@@ -31,6 +33,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+_COPY_TOKENIZER = "copy tokenizer.json and tokenizer_config.json from the model's source"
 
 
 def load_model(directory: Path, *, dtype: str | None = None) -> "PreTrainedModel":
@@ -89,7 +92,10 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{directory} holds no usable tokenizer: {reason}") from error
+        raise ModelError(
+            f"{directory} holds no usable tokenizer: {reason}",
+            hint=_COPY_TOKENIZER,
+        ) from error
     return tokenizer
 
 
@@ -167,7 +173,7 @@ def check_config(directory: Path) -> None:
             f"{directory} asks for code of its own (auto_map in config.json)",
             hint="only architectures that transformers ships are supported",
         )
-    architecture_of(str(config.get("model_type")))
+    architecture_of(model_type_of(config))
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -217,38 +223,49 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     return architecture_of(model_type).portable(result)
 
 
-def check_weights(directory: Path) -> None:
+def check_weights(directory: Path) -> int:
     """Check that the weight files of ``directory`` are complete, from their headers only.
+
+    Returns how many values they hold.
 
     Raises:
         ModelError: if there is no safetensors file, one is truncated, or an index points
             outside the directory.
     """
     if not directory.is_dir():
-        raise ModelError(f"{directory} is not a directory")
+        raise ModelError(
+            f"{directory} is not a directory", hint="give the folder of a Hugging Face model"
+        )
     names = _weight_names(directory)
     if not names:
         raise ModelError(
             f"{directory} holds no safetensors file",
             hint="pickled weights are not read; convert the model to safetensors first",
         )
-    for name in names:
-        _check_header(directory / name)
+    return sum(_check_header(directory / name) for name in names)
 
 
 def _weight_names(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(path.name for path in directory.glob("*.safetensors"))
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(
+            f"{index} has no weight_map from tensors to files", hint="download the model again"
+        )
+    names = sorted(set(files.values()))
     for name in names:
         if Path(name).name != name:
-            raise ModelError(f"{index} points outside its directory: {name!r}")
+            raise ModelError(
+                f"{index} points outside its directory: {name!r}",
+                hint="download the model again: its index names files beside it only",
+            )
     return names
 
 
-def _check_header(path: Path) -> None:
-    """Compare the file's size with what its header promises."""
+def _check_header(path: Path) -> int:
+    """Compare the file's size with what its header promises; return how many values it holds."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -256,9 +273,15 @@ def _check_header(path: Path) -> None:
             if length > min(size, 100_000_000):
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        values: int = sum(math.prod(entry["shape"]) for entry in header.values())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", hint="download or copy it again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path} is not a safetensors file: {error}", hint="download or export it again"
@@ -269,6 +292,21 @@ def _check_header(path: Path) -> None:
             f"{path} is truncated: {size:,} bytes of {expected:,}",
             hint="download or copy it again",
         )
+    return values
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Check that ``directory`` holds a tokenizer, without loading it.
+
+    Raises:
+        ModelError: if there is none, or one of its JSON files is damaged.
+    """
+    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in found}:
+        raise ModelError(f"{directory} holds no tokenizer", hint=_COPY_TOKENIZER)
+    for path in found:
+        if path.suffix == ".json":
+            read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -280,11 +318,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}",
+            hint=f"{path.parent} should be a folder that holds it",
+        ) from error
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+        raise ModelError(
+            f"{path} is not valid JSON: {error}", hint="download or write it again"
+        ) from error
     if not isinstance(loaded, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
+        raise ModelError(f"{path} does not hold a JSON object", hint="download or write it again")
     return loaded
 
 

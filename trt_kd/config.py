@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from trt_kd.errors import ConfigError
 from trt_kd.registry import Registry
+
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A name that becomes a folder's, or a part of it: none leads out of its folder."""
 
 
 class StrictModel(BaseModel):
@@ -106,16 +109,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", hint="give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start:,})",
+            hint="convert it, for instance with iconv -t utf-8",
+        ) from error
+    loaded = _loaded(text, str(path))
+    if not isinstance(loaded, dict):
+        found = "nothing" if loaded is None else type(loaded).__name__
+        raise ConfigError(
+            f"{path} holds {found}, not a mapping of settings",
+            hint="write settings as lines of the form key: value",
+        )
+    return loaded
+
+
+def _loaded(text: str, where: str) -> Any:
     try:
-        loaded = yaml.load(text, Loader=_UniqueKeyLoader)  # a subclass of SafeLoader
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds {type(loaded).__name__}, not a mapping of settings")
-    return loaded
+        raise ConfigError(
+            f"{where} is not valid YAML: {reason}",
+            hint="indent with spaces, close every bracket, quote values with special characters",
+        ) from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -154,11 +175,7 @@ def apply_overrides(settings: Mapping[str, Any], overrides: list[str]) -> dict[s
             raise ConfigError(
                 f"{override!r} is not an override", hint="write it as dotted.key=value"
             )
-        try:
-            value = yaml.load(text, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"override {override!r} is not valid YAML: {reason}") from error
+        value = _loaded(text, f"override {override!r}")
         place: Any = result
         for parent in parents:
             place = _child(place, parent, override)
@@ -167,7 +184,7 @@ def apply_overrides(settings: Mapping[str, Any], overrides: list[str]) -> dict[s
         elif isinstance(place, dict):
             place[last] = value
         else:
-            raise ConfigError(f"override {override!r}: {'.'.join(parents)} is a plain value")
+            raise _plain_value(override, last)
     return result
 
 
@@ -175,10 +192,17 @@ def _child(place: Any, name: str, override: str) -> Any:
     if isinstance(place, list):
         return place[_index(place, name, override)]
     if not isinstance(place, dict):
-        raise ConfigError(f"override {override!r} reaches into a plain value at {name!r}")
+        raise _plain_value(override, name)
     if place.get(name) is None:
         place[name] = {}
     return place[name]
+
+
+def _plain_value(override: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"override {override!r} reaches into a plain value at {name!r}",
+        hint="end the key before it, or give a mapping such as name={kind: ...}",
+    )
 
 
 def _index(place: list[Any], name: str, override: str) -> int:

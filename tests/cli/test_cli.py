@@ -50,6 +50,12 @@ def test_every_command_has_help(trt_kd, command):
     assert "Usage" in done.stdout
 
 
+def test_examples_stand_in_the_help_as_one_would_type_them():
+    told = [line.strip() for line in trt_kd("prune", "--help").stdout.splitlines()]
+    what_fits = "trt-kd prune --dry-run --source DIR 'axes=[ffn, depth]' budget.params=80%"
+    assert f"What fits: {what_fits}" in told
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["ls"], ["plan", "workflows/llama3.1-8b-to-4b-width-fp8.yaml"]],

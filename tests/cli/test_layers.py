@@ -102,3 +102,10 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(run, arguments, what, monk
     assert what in done.output
     assert "Traceback" not in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_takes_no_table_with_it(run):
+    done = run("--figure", "/proc/cka.svg")
+    assert done.exit_code == 2
+    assert "linear CKA" in done.stdout
+    assert "error: /proc/cka.svg cannot be written" in done.stderr

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from trt_kd.artifacts import writing
+from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig
 from trt_kd.data import DATA
-from trt_kd.data.base import DataConfig
+from trt_kd.data.base import DataConfig, documents, shuffled, token_blocks
 from trt_kd.data.generated import TEXTS as TEXTS_FILE
 from trt_kd.data.generated import GeneratedText
 from trt_kd.data.hub import HubDataset
@@ -90,7 +93,7 @@ def test_what_stands_beside_a_document_is_told_by_the_document(tmp_path):
 
 
 def test_documents_come_back_in_order(write, tmp_path):
-    assert write(tmp_path).documents() == TEXTS
+    assert list(write(tmp_path).documents()) == TEXTS
 
 
 def test_the_fingerprint_follows_the_content_and_nothing_else(write, tmp_path):
@@ -177,6 +180,36 @@ def test_a_wrong_column_is_named(tmp_path, monkeypatch):
     source = write_folder(tmp_path).model_copy(update={"field": "body"})
     with pytest.raises(DataError, match="no column 'body'; it has text"):
         source.documents()
+
+
+def test_a_column_that_is_partly_no_text_loses_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = write_folder(tmp_path, [TEXTS[0], None, "  ", *TEXTS[1:], TEXTS[0]])
+    config = DataConfig(source=source, heldout_share=1e-9)
+    assert list(documents(config, "train")) == TEXTS
+
+
+def test_a_data_set_gives_the_same_blocks_as_its_texts_and_stays_on_disk(
+    tmp_path, monkeypatch, tokenizer_dir
+):
+    """Ten megabytes of text, of which a third may be in memory at a time."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [f"Number {n}. " + f"line {n * n} " * 400 for n in range(2000)]
+    lazy = DataConfig(source=write_folder(tmp_path, texts), block_tokens=64)
+    whole = DataConfig(source=write_jsonl(tmp_path, texts), block_tokens=64)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    lazy.source.documents()  # imports, and the cache of the data set
+    tracemalloc.start()
+    order = shuffled(documents(lazy, "train"), seed=3)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert list(order[:3]) == shuffled(documents(whole, "train"), seed=3)[:3]
+    assert 3 * peak_bytes < sum(map(len, texts))
+    found, expected = (
+        token_blocks(data, tokenizer, split="train", count=4, offset=2, seed=3)
+        for data in (lazy, whole)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):

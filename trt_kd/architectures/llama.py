@@ -144,7 +144,7 @@ class LlamaLike(Architecture):
 
 
 class Llama(LlamaLike):
-    """Llama: the same, and a config that wants the hidden size to be a multiple of the heads."""
+    """As most decoders (``LlamaLike``), with a hidden size that is a multiple of the heads."""
 
     whole_heads: ClassVar[bool] = True
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -158,6 +159,11 @@ _QK_NORM: dict[str, QkNorm] = {
 _WITHOUT_OUTPUT_BIAS = {"qwen2"}
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
 _LAYER_NORM = {"gpt_neox"}
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "num_experts_per_tok", "num_experts",
+    "num_local_experts", "moe_intermediate_size",
+)  # fmt: skip
 # The window holds for every layer, or for every layer if a switch is on.
 _WINDOW_EVERYWHERE = {"mistral", "mixtral", "phi3"}
 _WINDOW_SWITCH = {"qwen2", "qwen3", "qwen3_moe", "smollm3"}
@@ -165,14 +171,30 @@ _WINDOW_SWITCH = {"qwen2", "qwen3", "qwen3_moe", "smollm3"}
 _WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6}
 
 
+def model_type_of(config: object) -> str:
+    """The family that the contents of a ``config.json`` name.
+
+    Raises:
+        ModelError: if they name none.
+    """
+    if not isinstance(config, Mapping) or "model_type" not in config:
+        raise ModelError(
+            "config.json has no model_type",
+            hint="give the folder of a Hugging Face causal language model",
+        )
+    return str(config["model_type"])
+
+
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape from the contents of a Hugging Face ``config.json``.
 
     Raises:
-        ModelError: if a size is missing.
+        ModelError: if a size is missing or is none.
     """
-    model_type = str(config.get("model_type"))
-    config = {**_DEFAULTS.get(model_type, {}), **config}
+    model_type = model_type_of(config)
+    merged = {**_DEFAULTS.get(model_type, {}), **config}
+    config = {name: value for name, value in merged.items() if value is not None}
+    _check_sizes(model_type, config)
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         bias = bool(config.get("attention_bias", False))
@@ -204,6 +226,16 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             f"config.json of a {model_type!r} model has no {error.args[0]!r}",
             hint="only decoder-only causal language models are supported",
         ) from error
+
+
+def _check_sizes(model_type: str, config: Mapping[str, Any]) -> None:
+    for name in _SIZES:
+        value = config.get(name, 1)
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ModelError(
+                f"config.json of a {model_type!r} model says {name} {value!r}",
+                hint="a size is a whole number above 0: download or write config.json again",
+            )
 
 
 def _window_layers(model_type: str, config: Mapping[str, Any]) -> int:
@@ -262,7 +294,11 @@ def read_shape(directory: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", hint="give the folder of a model"
+        ) from error
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+        raise ModelError(
+            f"{path} is not valid JSON: {error}", hint="download or write it again"
+        ) from error
     return shape_from_config(config)

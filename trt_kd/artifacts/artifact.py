@@ -48,10 +48,14 @@ class Artifact:
             ArtifactError: if there is none, its manifest is damaged or it is of another kind.
         """
         manifest_path = path / MANIFEST
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(f"{path} is not a folder", hint="give the folder of an artifact")
         if not manifest_path.is_file():
+            what = f"holds no {MANIFEST}" if path.exists() else "does not exist"
             raise ArtifactError(
-                f"{path} holds no {MANIFEST}",
-                hint="the stage that writes it did not finish; run `trt-kd run` again to resume",
+                f"{path} {what}",
+                hint="the stage that writes it did not finish (run `trt-kd run` again to resume), "
+                "or another folder is meant",
             )
         try:
             manifest = Manifest.model_validate_json(manifest_path.read_bytes())

@@ -1,6 +1,7 @@
 """The commands and their order in the help."""
 
 from collections.abc import Callable
+from inspect import getdoc
 from typing import Annotated
 
 import typer
@@ -68,8 +69,19 @@ LOOKING_COMMANDS: list[Callable[..., None]] = [
     inspecting.doctor,
 ]
 
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring; below its first paragraph lines stay whole, for they are to be copied."""
+    first, *rest = (getdoc(command) or "").split("\n\n")
+    return "\n\n".join([first, *(f"\b\n{examples}" for examples in rest)])
+
+
+def _add(command: Callable[..., None], name: str | None = None) -> None:
+    app.command(name, help=_help(command))(reported(command))
+
+
 for command in RECIPE_COMMANDS:
-    app.command()(reported(command))
-app.command("import")(reported(single.import_model))
+    _add(command)
+_add(single.import_model, "import")
 for command in STAGE_COMMANDS + LOOKING_COMMANDS:
-    app.command()(reported(command))
+    _add(command)

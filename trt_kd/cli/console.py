@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ from trt_kd.errors import TrtKdError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 EXIT_CODES = """Exit codes: 0 done (gate: pass); 1 a defect, or gate: fail; 2 something to correct,
 said in two lines; 3 gate: undecided; 130 interrupted, run again to resume."""

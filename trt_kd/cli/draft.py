@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trt_kd.cli.console import print_json, table
+from trt_kd.cli.console import JsonOption, print_json, table
 from trt_kd.cli.staging import Config, Out, Settings, run_stage
 
 if TYPE_CHECKING:
     from trt_kd.evaluation.drafting import Drafted
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def draft(

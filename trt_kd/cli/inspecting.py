@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trt_kd.cli.console import print_json, table
+from trt_kd.cli.console import JsonOption, print_json, table
 
 if TYPE_CHECKING:
     from trt_kd.artifacts import Artifact
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def show(

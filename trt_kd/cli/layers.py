@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trt_kd.cli.console import print_json, table
+from trt_kd.cli.console import JsonOption, print_json, table
 
 if TYPE_CHECKING:
     from trt_kd.training.pairing import Comparison, Judged, Pair
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def layers(
@@ -41,12 +39,12 @@ def layers(
         check_figure(figure)
     similarity, chosen = _measured(teacher, student, config, tokens)
     found = judged(chosen, similarity)
-    if figure is not None:
-        draw_similarity(similarity, found, figure)
     if as_json:
         print_json(_as_json(similarity, found, tokens))
     else:
         _print(similarity, found)
+    if figure is not None:
+        draw_similarity(similarity, found, figure)
 
 
 def _measured(

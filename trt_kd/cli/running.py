@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trt_kd.cli.console import duration, print_json, size, table
+from trt_kd.cli.console import JsonOption, duration, print_json, size, table
 
 if TYPE_CHECKING:
     from trt_kd.pipeline.plan import Plan
@@ -17,7 +17,6 @@ Overrides = Annotated[
     typer.Argument(help="Changes to the recipe, such as distill.steps=20.", show_default=False),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder that holds a folder for every run.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 VERDICT_EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 

@@ -30,14 +30,19 @@ Inputs = Annotated[
     typer.Option("--input", help="ROLE=FOLDER, once for each artifact.", show_default=False),
 ]
 
+_NO_ROLES = ("config", "out", "self")
+
 
 def roles_of(inputs: list[str]) -> dict[str, Path]:
     """Folders by role."""
-    roles = {}
+    roles: dict[str, Path] = {}
     for text in inputs:
-        role, equals, folder = text.partition("=")
-        if not equals:
+        role, _, folder = text.partition("=")
+        if not role or not folder:
             raise ConfigError(f"--input {text!r} is not ROLE=FOLDER", hint="write role=folder")
+        if role in roles or role in _NO_ROLES:
+            why = "given twice" if role in roles else "no role"
+            raise ConfigError(f"--input {role} is {why}", hint="choose another name for it")
         roles[role] = Path(folder)
     return roles
 

@@ -7,6 +7,7 @@ the same on every machine and under every version of NumPy.
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 from trt_kd.config import StrictModel, build_plugin
 from trt_kd.data import DATA
 from trt_kd.data.docstrings import StdlibDocstrings
+from trt_kd.data.lazy import pick
 from trt_kd.data.source import DataSource
 from trt_kd.errors import DataError
 
@@ -47,10 +49,11 @@ class DataConfig(StrictModel):
         return {"data": self.source.fingerprint()}
 
 
-def documents(config: DataConfig, split: Split) -> list[str]:
+def documents(config: DataConfig, split: Split) -> Sequence[str]:
     """Documents of ``split`` in the order of the source, each text once.
 
-    Texts that differ in white space only count as the same text.
+    Texts that differ in white space only count as the same text. Those of a large source stay on
+    disk until they are read.
 
     Raises:
         DataError: if the source cannot be read or the split is empty.
@@ -64,7 +67,7 @@ def documents(config: DataConfig, split: Split) -> list[str]:
             f"data source {config.source.kind} has no document in the {split} split",
             hint="give more text, or change data.heldout_share",
         )
-    return list(chosen)
+    return chosen[:]
 
 
 def token_blocks(
@@ -107,9 +110,10 @@ def token_blocks(
     return np.array(chosen, dtype=np.int64).reshape(count, size)
 
 
-def shuffled(texts: list[str], seed: int) -> list[str]:
+def shuffled(texts: Sequence[str], seed: int) -> Sequence[str]:
     """The texts in an order that depends on themselves and ``seed`` alone."""
-    return sorted(texts, key=lambda text: _digest(text, seed))
+    digests = [_digest(text, seed) for text in texts]
+    return pick(texts, sorted(range(len(digests)), key=digests.__getitem__))
 
 
 def fingerprint(blocks: "NDArray[np.int64]") -> str:
@@ -128,7 +132,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 class _Stream:
     """Tokens of documents in order, tokenized as far as anyone has asked."""
 
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
         self._done = 0
         self._tokens = np.zeros(0, dtype=np.int64)
@@ -143,7 +147,7 @@ class _Stream:
             )
         pieces, length = [self._tokens], len(self._tokens)
         while length < wanted and self._done < len(self._texts):
-            batch = self._texts[self._done : self._done + _BATCH]
+            batch = list(self._texts[self._done : self._done + _BATCH])
             ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             flat = np.fromiter((t for doc in ids for t in (*doc, end)), dtype=np.int64)
             pieces.append(flat)
@@ -153,7 +157,7 @@ class _Stream:
         return self._tokens
 
 
-_SPLITS: "OrderedDict[str, dict[Split, list[str]]]" = OrderedDict()
+_SPLITS: "OrderedDict[str, dict[Split, Sequence[str]]]" = OrderedDict()
 _STREAMS: "OrderedDict[str, _Stream]" = OrderedDict()
 
 
@@ -163,16 +167,17 @@ def _remember(cache: "OrderedDict[str, T]", key: str, value: T) -> None:
         cache.popitem(last=False)
 
 
-def _split(config: DataConfig) -> dict[Split, list[str]]:
-    splits: dict[Split, list[str]] = {"train": [], "heldout": []}
+def _split(config: DataConfig) -> dict[Split, Sequence[str]]:
+    texts = config.source.documents()
+    places: dict[Split, list[int]] = {"train": [], "heldout": []}
     seen: set[bytes] = set()
-    for text in config.source.documents():
+    for place, text in enumerate(texts):
         digest = _digest(text)
-        if digest not in seen:
+        if text and digest not in seen:
             seen.add(digest)
             held_out = int.from_bytes(digest[:8], "big") < config.heldout_share * 2**64
-            splits["heldout" if held_out else "train"].append(text)
-    return splits
+            places["heldout" if held_out else "train"].append(place)
+    return {split: pick(texts, chosen) for split, chosen in places.items()}
 
 
 def _digest(text: str, seed: int | None = None) -> bytes:

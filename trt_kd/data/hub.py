@@ -1,8 +1,10 @@
 """Data sets of the Hugging Face hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trt_kd.data.lazy import LazyTexts
 from trt_kd.data.source import DataSource, digest_of_files
 from trt_kd.errors import DataError
 from trt_kd.optional import require
@@ -26,16 +28,21 @@ class HubDataset(DataSource):
     revision: str | None = None
     """Commit or tag; without one a changed data set goes unnoticed by ``run``."""
 
-    def documents(self) -> list[str]:
-        """Texts in the order of the data set."""
+    def documents(self) -> LazyTexts:
+        """Texts in the order of the data set, which stays on disk; what is no text is empty."""
         rows = self._load()
         if self.field not in rows.column_names:
             raise DataError(
                 f"{self.name} has no column {self.field!r}; it has {', '.join(rows.column_names)}",
                 hint="name the column that holds the text as data.source.field",
             )
-        column: list[Any] = rows[self.field][:]
-        return [text.strip() for text in column if isinstance(text, str) and text.strip()]
+        column = rows.select_columns([self.field])
+
+        def read(numbers: Sequence[int]) -> list[str]:
+            texts: list[Any] = column[list(numbers)][self.field]
+            return [text.strip() if isinstance(text, str) else "" for text in texts]
+
+        return LazyTexts(read, range(len(column)))
 
     def fingerprint(self) -> str:
         """Name and revision, or sha256 of the files of a local folder."""

@@ -61,7 +61,9 @@ class JsonLines(DataSource):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where} is not valid JSON: {error}") from error
+                raise DataError(
+                    f"{where} is not valid JSON: {error}", hint="write one JSON object on a line"
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                 keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
                 raise DataError(

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from glob import glob
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple
 from trt_kd.artifacts.manifest import sha256_of
 from trt_kd.config import Plugin
 from trt_kd.errors import DataError
+
+_MAY_READ = "data.source must name files that you may read"
 
 
 class Traced(NamedTuple):
@@ -29,8 +31,11 @@ class DataSource(Plugin, ABC):
     """Whether ``beside`` may know what stands in a field beside its texts."""
 
     @abstractmethod
-    def documents(self) -> list[str]:
+    def documents(self) -> Sequence[str]:
         """Every document, in an order that does not change from run to run.
+
+        One that is empty counts as none. Where there may be more text than memory they are
+        ``LazyTexts``.
 
         Raises:
             DataError: if the text is missing or cannot be read.
@@ -84,7 +89,9 @@ def digest_of_files(paths: Iterable[Path]) -> str:
     try:
         digests = [sha256_of(path) for path in paths]
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror}", hint=_MAY_READ
+        ) from error
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -97,7 +104,7 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint=_MAY_READ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start:,}",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from trt_kd.backends.base import Session
 from trt_kd.errors import ConfigError, VerificationError
+from trt_kd.measuring.progress import progress
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -121,7 +121,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         longest_first = sorted(waiting, key=lambda ids: (-len(ids), ids))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(spans)
         starts = range(0, len(longest_first), self._batch_size)
-        for start in tqdm(starts, desc="Scoring choices", unit="batch", disable=None):
+        for start in progress(starts, "scoring choices"):
             batch = longest_first[start : start + self._batch_size]
             for ids, logits_LV in zip(batch, self.session.logits(_padded(batch)), strict=True):
                 for index in waiting[ids]:

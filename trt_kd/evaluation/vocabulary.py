@@ -9,6 +9,7 @@ from typing import Any
 from trt_kd.checkpoints import read_json
 from trt_kd.errors import ModelError
 
+_COPY = "copy tokenizer.json from the model's source"
 _RUN_TIME = ("padding", "truncation", "version")
 
 
@@ -66,7 +67,7 @@ def real_tokens(directory: Path) -> int:
         added = [token["id"] for token in content.get("added_tokens") or ()]
         return int(max((*ids, *added))) + 1
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is not a tokenizer: {error!r}") from error
+        raise ModelError(f"{path} is not a tokenizer: {error!r}", hint=_COPY) from error
 
 
 def check_padding(*, student: int, teacher: int, tokenizer: Path) -> None:
@@ -101,7 +102,7 @@ def _content(path: Path) -> dict[str, Any]:
         )
     content = read_json(path)
     if not isinstance(content.get("model"), dict):
-        raise ModelError(f"{path} is not a tokenizer: it has no model")
+        raise ModelError(f"{path} is not a tokenizer: it has no model", hint=_COPY)
     return content
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from trt_kd.architectures.shape import ModelShape
 from trt_kd.errors import ModelError
@@ -28,6 +27,7 @@ from trt_kd.exporters.trtllm_scales import (
     ranges_of,
     smoothed_of,
 )
+from trt_kd.measuring.progress import Steps
 
 Split = int | str | None
 """How ranks share a tensor: along a dimension, as ``qkv`` or ``vocab``, or each has all of it."""
@@ -124,7 +124,7 @@ def write_ranks(source: Source, out: Path) -> None:
     """
     ranks, pieces = source.ranks, list(_all_pieces(source))
     count = sum(len(stage) for stage in pieces)
-    with tqdm(total=count, desc="write checkpoint", unit="tensor", disable=None) as bar:
+    with Steps("writing tensors", count) as steps:
         for stage, stage_pieces in enumerate(pieces):
             with ExitStack() as stack:
                 files = [
@@ -138,7 +138,7 @@ def write_ranks(source: Source, out: Path) -> None:
                 ]
                 for piece in stage_pieces:
                     _write(source, piece, files)
-                    bar.update()
+                    steps.step()
 
 
 def _write(source: Source, piece: Piece, files: list[StreamedFile]) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 from typing_extensions import Self
 
 from trt_kd.config import (
+    FolderName,
     StageConfig,
     StrictModel,
     apply_overrides,
@@ -51,7 +52,7 @@ class ExportSection(StrictModel):
     """What ships: the teacher and the student both go through it."""
     baseline: ExportSpec | None = None
     """The unquantized lane to compare with; null measures the checkpoints themselves."""
-    also: dict[str, ExportSpec] = {}
+    also: dict[FolderName, ExportSpec] = {}
     """Further exports of the student, by name."""
 
 
@@ -62,7 +63,7 @@ class Recipe(StrictModel):
 
     schema_version: Literal[1] = 1
     """Version of this layout."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: FolderName
     """Folder of the run below the output folder."""
     title: str = ""
     """Heading of the report; the name where empty."""

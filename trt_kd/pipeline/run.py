@@ -155,10 +155,17 @@ def locked(root: Path) -> Iterator[None]:
     """Keep two runs from working in one folder.
 
     Raises:
-        ArtifactError: if the folder cannot be made, or another process works in it.
+        ArtifactError: if the folder cannot be made or lies in an artifact, or another process
+            works in it.
     """
     import fcntl
 
+    for folder in (root, *root.absolute().parents):
+        if (folder / MANIFEST).is_file():
+            raise ArtifactError(
+                f"{root} lies in the artifact {folder}, which would no longer be what was made",
+                hint="choose an output folder outside of it with --out",
+            )
     try:
         root.mkdir(parents=True, exist_ok=True)
         handle = (root / ".lock").open("w")

@@ -16,12 +16,13 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_kd.checkpoints import TOKENIZER_FILES, load_tokenizer, read_json
 from trt_kd.errors import ModelError, VerificationError
+from trt_kd.measuring.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,13 +157,11 @@ def verify_tokenizer(source: Path, out: Path, kept: Sequence[int], texts: Iterab
     Raises:
         VerificationError: naming the first text, token or setting that differs.
     """
-    from tqdm import tqdm
-
     old, new = load_tokenizer(source), load_tokenizer(out)
     mapping = {int(token): index for index, token in enumerate(kept)}
     _verify_settings(old, new, mapping)
     probes = [" ".join(old.all_special_tokens), *_probes()]
-    for text in tqdm(chain(texts, probes), desc="verifying the tokenizer", disable=None):
+    for text in progress([*texts, *probes], "verifying the tokenizer"):
         before = old(text, verbose=False)["input_ids"]
         after = new(text, verbose=False)["input_ids"]
         if all(token in mapping for token in before):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kd.errors import DataError, ModelError
+from trt_kd.measuring.progress import progress
 from trt_kd.pruning.base import Place, Unit, WidthAxis
 from trt_kd.pruning.tokenizer import CutRules, remap_config
 
@@ -34,8 +35,6 @@ def used_tokens(
         DataError: if there is no text.
         ModelError: if the tokenizer has ids that the embedding has no rows for.
     """
-    from tqdm import tqdm
-
     size = max(tokenizer.get_vocab().values()) + 1
     if rows is not None and rows < size:
         raise ModelError(
@@ -43,7 +42,7 @@ def used_tokens(
             hint="model and tokenizer do not belong together",
         )
     counts_V = np.zeros(rows or size, dtype=np.int64)
-    for batch in _batches(tqdm(texts, desc="counting tokens", disable=None)):
+    for batch in progress(list(_batches(texts)), "counting tokens"):
         ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         flat = np.fromiter((token for document in ids for token in document), dtype=np.int64)
         counts_V += np.bincount(flat, minlength=len(counts_V))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trt_kd.errors import ModelError
+from trt_kd.measuring.progress import progress
 from trt_kd.quantization.base import QuantizationFormat
 from trt_kd.quantization.mixed import Mixed
 from trt_kd.quantization.modelopt import modelopt, quiet
@@ -90,7 +90,7 @@ def _forward_loop(batches: "Sequence[Tensor]", what: str) -> "Callable[[PreTrain
 
     def forward_loop(network: "PreTrainedModel") -> None:
         with torch.inference_mode():
-            for ids_BL in tqdm(batches, desc=what, disable=None):
+            for ids_BL in progress(batches, what):
                 network(ids_BL, use_cache=False, logits_to_keep=1)  # the head is never quantized
 
     return forward_loop

@@ -113,7 +113,8 @@ class Recipe(QuantizationFormat):
         except ValueError as error:
             reason = str(error).strip().replace("\n", " ")
             raise ConfigError(
-                f"Model Optimizer refuses the recipe {self._shown}: {reason}"
+                f"Model Optimizer refuses the recipe {self._shown}: {reason}",
+                hint="start from one that it ships: the general/ptq folder of modelopt_recipes",
             ) from error
         config: dict[str, Any] = loaded.quantize.model_dump(exclude_unset=True)
         return config

@@ -60,7 +60,10 @@ def documents(path: Path) -> list[Any]:
         return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"the recipe {path.name} cannot be read: {reason}") from error
+        raise ConfigError(
+            f"the recipe {path.name} cannot be read: {reason}",
+            hint="give the path of a YAML file as format.file",
+        ) from error
 
 
 def with_imports(path: Path) -> dict[Path, list[Any]]:

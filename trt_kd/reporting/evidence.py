@@ -15,6 +15,8 @@ import numpy as np
 from trt_kd.errors import ArtifactError
 from trt_kd.reporting.model import Role
 
+_AGAIN = "remove its folder and run the stage that wrote it again"
+
 
 @dataclass(frozen=True)
 class TimedRun:
@@ -85,9 +87,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
+        raise ArtifactError(f"{path} is damaged: {error}", hint=_AGAIN) from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ArtifactError(f"{path} is damaged: every line must be an object")
+        raise ArtifactError(f"{path} is damaged: every line must be an object", hint=_AGAIN)
     return rows
 
 
@@ -110,7 +112,7 @@ def read_blocks(path: Path) -> tuple[dict[str, list[float]], str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+        raise ArtifactError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from error
     blocks = {
         name: [float(value) for value in values]
         for name, values in content.get("per_block", {}).items()

@@ -36,6 +36,9 @@ def draw_similarity(
         similarity: CKA, a row for every layer of the student.
         pairs: to be marked.
         path: ends with ``.svg`` or ``.png``.
+
+    Raises:
+        ConfigError: if it cannot be written.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -57,4 +60,10 @@ def draw_similarity(
         if pairs:
             figure.legend(loc="outside upper right", ncols=2, frameon=False)
         figure.colorbar(image, ax=axes, label="linear CKA")
-        figure.savefig(path, dpi=200)
+        try:
+            figure.savefig(path, dpi=200)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error.strerror}",
+                hint="choose a folder that you may write to",
+            ) from error

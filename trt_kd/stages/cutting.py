@@ -202,7 +202,7 @@ def rewrite_tokenizer_of(
 
 def _corpus(config: "PruneConfig") -> list[str]:
     """Every text of the data source: what the vocabulary has to serve."""
-    return documents(config.data, "train") + documents(config.data, "heldout")
+    return [*documents(config.data, "train"), *documents(config.data, "heldout")]
 
 
 def forward_loop(blocks: NDArray[np.int64], model: "nn.Module") -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from tqdm import tqdm
 from typing_extensions import Self
 
 from trt_kd.config import StrictModel
 from trt_kd.data.base import DataConfig, token_blocks
 from trt_kd.errors import ConfigError
 from trt_kd.evaluation.vocabulary import context_tokens
+from trt_kd.measuring.progress import progress
 from trt_kd.stages.matching import check_pair
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def measure_draft(
         OnlineTeacher().load(path, precision=config.precision) for path in (teacher, student)
     )
     found: dict[Way, list[Drafted]] = {"greedy": [], "sampled": []}
-    for number, start in enumerate(tqdm(starts, desc="texts", unit="text", disable=None)):
+    for number, start in enumerate(progress(starts, "drafting texts")):
         for way, texts in found.items():
             temperature = config.temperature if way == "sampled" else 0.0
             choice = Choice(config.new_tokens, temperature, 1.0, config.precision)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import AfterValidator, PositiveInt
-from tqdm import tqdm
 from typing_extensions import Self
 
 from trt_kd.artifacts import Artifact, writing
@@ -22,6 +21,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ArtifactError, VerificationError
 from trt_kd.evaluation import TASKS
 from trt_kd.evaluation.vocabulary import check_padding, check_same_tokenizer, context_tokens
+from trt_kd.measuring.progress import progress
 from trt_kd.optional import require
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _compare(
     def scores_beside(other: Session | None) -> "BlockScores":
         parts = []
         starts = range(0, len(blocks), batch)
-        for start in tqdm(starts, desc="Held-out text", unit="batch", disable=None):
+        for start in progress(starts, "held-out text"):
             tokens_BL = blocks[start : start + batch]
             model_BLV = _finite(session.logits(tokens_BL), model, start)
             teacher_BLV = (

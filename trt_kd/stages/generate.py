@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
-from tqdm import tqdm
 from typing_extensions import Self
 
 from trt_kd.artifacts import Artifact, claim_work, piece, work_directory, work_key, writing
@@ -21,8 +20,10 @@ from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig
 from trt_kd.data.base import DataConfig, documents
 from trt_kd.data.generated import TEXTS
+from trt_kd.data.lazy import pick
 from trt_kd.errors import ConfigError, DataError, ModelError
 from trt_kd.evaluation.vocabulary import context_tokens
+from trt_kd.measuring.progress import progress
 from trt_kd.optional import require
 from trt_kd.teachers.online import OnlineTeacher
 from trt_kd.teachers.traces import FAULTS, Trace, Traces
@@ -176,11 +177,12 @@ class _Prompt(NamedTuple):
 def _prompts(config: GenerateConfig, tokenizer: "PreTrainedTokenizerBase") -> list[_Prompt]:
     """The prompts, in an order that the seed decides."""
     texts = documents(config.data, "train")
-    random.Random(config.seed).shuffle(texts)
+    order = list(range(len(texts)))
+    random.Random(config.seed).shuffle(order)
     field = config.traces.answer_field if config.traces else None
     known = {} if field is None else config.data.source.beside(field)
     found: list[_Prompt] = []
-    for text in texts:
+    for text in pick(texts, order):
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if config.chat and len(ids) <= config.prompt_tokens:
             found.append(_Prompt(_as_message(text, tokenizer), known.get(text)))
@@ -294,6 +296,6 @@ def _rows(writer: _Writer, prompts: list[_Prompt], work: Path) -> Iterator[dict[
     """One row per prompt, batch by batch, from disk where a batch was made before."""
     size = writer.config.batch_size
     starts = range(0, len(prompts), size)
-    for number, start in enumerate(tqdm(starts, desc="texts", unit="batch", disable=None)):
+    for number, start in enumerate(progress(starts, "writing texts")):
         make = partial(writer.batch, number, prompts[start : start + size])
         yield from piece(work / f"batch-{number:05d}", make)["rows"]

@@ -18,6 +18,7 @@ from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.checkpoints import (
     check_config,
+    check_tokenizer,
     check_weights,
     copy_tokenizer,
     load_gguf,
@@ -101,7 +102,10 @@ class ImportConfig(StageConfig):
         root = Path(next(iter(spec.submodule_search_locations))).resolve()
         path = (root / file).resolve()
         if not path.is_relative_to(root):
-            raise ConfigError(f"source {self.source!r} leads out of its package")
+            raise ConfigError(
+                f"source {self.source!r} leads out of its package",
+                hint="name a file in it as package:NAME/FILE",
+            )
         return path
 
     def known_shape(self) -> ModelShape | None:
@@ -114,6 +118,9 @@ class ImportConfig(StageConfig):
             shape = read_gguf_header(path).shape()
         elif self.expect is not None:
             shape = self.expect.shape()
+        elif path is not None:
+            _require_model(path, self.source)
+            return None
         else:
             return None
         if self.keep_layers is None or shape is None:
@@ -134,7 +141,8 @@ def import_model(config: ImportConfig, *, out: Path) -> Artifact:
             _save_twin(model, config, draft.path, tokenizer_from=draft.path)
         else:
             check_config(path)
-            check_weights(path)
+            _check_fit(path, values=check_weights(path))
+            check_tokenizer(path)
             if config.dtype or config.keep_layers:
                 model = load_model(path, dtype=config.dtype)
                 _save_twin(model, config, draft.path, tokenizer_from=path)
@@ -161,12 +169,18 @@ def _located(config: ImportConfig) -> Path:
             f"package {package} is not installed, so {config.source} cannot be read",
             hint="install it, or name a directory, a .gguf file or an hf: id as import.source",
         )
-    if not path.exists():
-        raise ModelError(
-            f"import.source {config.source} does not exist",
-            hint="name a model directory, a .gguf file, package:NAME/FILE or hf:OWNER/NAME",
-        )
+    _require_model(path, config.source)
     return path
+
+
+def _require_model(path: Path, source: str) -> None:
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return
+    what = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+    raise ModelError(
+        f"import.source {source} {what}",
+        hint="name a model directory, a .gguf file, package:NAME/FILE or hf:OWNER/NAME",
+    )
 
 
 def _download(hub_id: str) -> Path:
@@ -190,6 +204,16 @@ def _download(hub_id: str) -> Path:
             f"hf:{hub_id} cannot be downloaded: {reason}",
             hint="check the name, the network and HF_TOKEN, or give a local directory",
         ) from error
+
+
+def _check_fit(path: Path, *, values: int) -> None:
+    """Refuse weights that are fewer than ``config.json`` speaks of."""
+    wanted = read_shape(path).parameters
+    if values < wanted:
+        raise ModelError(
+            f"{path} holds {values:,} weights, its config.json speaks of {wanted:,}",
+            hint="config.json and the weights disagree: download both again",
+        )
 
 
 def _save_twin(

@@ -26,7 +26,7 @@ from trt_kd.architectures import architecture_of
 from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, claim_work, piece, work_directory, work_key, writing
 from trt_kd.artifacts.environment import environment
-from trt_kd.config import StageConfig, build_plugin, plugin_field
+from trt_kd.config import FolderName, StageConfig, build_plugin, plugin_field
 from trt_kd.data.base import DataConfig
 from trt_kd.errors import ModelError
 from trt_kd.exporters import EXPORTERS
@@ -49,7 +49,7 @@ class Timing(StageConfig):
     stage: ClassVar[str] = "latency"
 
     lanes: Annotated[
-        dict[str, plugin_field(EXPORTERS, Exporter)],  # type: ignore[valid-type]
+        dict[FolderName, plugin_field(EXPORTERS, Exporter)],  # type: ignore[valid-type]
         Field(min_length=1),
     ]
     """Exporters by a name of your own, such as ``int4: {kind: ort-genai, precision: int4}``."""

@@ -135,7 +135,10 @@ def read_report(directory: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}",
+            hint=f"remove {directory} and run the report stage again",
+        ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
