@@ -96,10 +96,10 @@ def test_where_pruning_does_not_pay_the_rest_is_done_and_the_report_says_why(
         "teacher", "teacher-deploy-quantized", "teacher-deploy",
         "evaluate-teacher", "evaluate-teacher_quantized", "report",
     }  # fmt: skip
-    found = json.loads((artifacts["report"].path / "report.json").read_text())
-    assert [variant["role"] for variant in found["variants"]] == ["teacher", "teacher_quantized"]
-    assert any("Pruning does not pay: the format alone" in note for note in found["notes"])
-    assert found["verdict"] == "undecided"
+    told = json.loads((artifacts["report"].path / "report.json").read_text())
+    assert [variant["role"] for variant in told["variants"]] == ["teacher", "teacher_quantized"]
+    assert any("Pruning does not pay: the format alone" in note for note in told["notes"])
+    assert told["verdict"] == "undecided"
     names.clear()
     run(recipe, tmp_path / "runs")
     assert names == ["prune"], "asked again, since nothing was cut; all else is done"

@@ -35,7 +35,8 @@ def corners(search: SizeSearch) -> Table:
         rows,
         f"Batch size {search.latency.limit['batch']}; {limits}. Times of the unpruned model are "
         "measured, the others predicted; divergence adds up what format and cut cost before any "
-        "training. A lane that fits unpruned is pruned as little as gains anything.",
+        "training. A lane that fits unpruned is pruned as little as gains anything, one that no "
+        "sizes bring to the limit as near as they get.",
     )
 
 
