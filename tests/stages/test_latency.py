@@ -15,13 +15,19 @@ from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
 from trt_kd.pruning.budget import Budget
 from trt_kd.pruning.candidates import SearchSpace
-from trt_kd.pruning.latency_limit import LatencyLimit, faster, stopwatch
+from trt_kd.pruning.latency_limit import LatencyLimit, at_most, stopwatch
 from trt_kd.pruning.search import Search
 from trt_kd.pruning.sensitivity import Point, write_points
 from trt_kd.stages import confirming
 from trt_kd.stages import corners as ways
 from trt_kd.stages.benchmark import several
-from trt_kd.stages.corners import PruningDoesNotPayError, choose_corner, corners, limits_of
+from trt_kd.stages.corners import (
+    LOOSER,
+    PruningDoesNotPayError,
+    choose_corner,
+    corners,
+    limits_of,
+)
 from trt_kd.stages.latency import LatencyConfig, Timing, latency
 from trt_kd.stages.prune import PruneConfig, prune
 from trt_kd.stages.score import score, scoring_of
@@ -579,8 +585,15 @@ def test_pruning_pays_in_the_fast_format_where_no_format_is_fast_enough(config, 
     verdict = choose_corner(found, limits)
     assert (verdict.pruning_pays, verdict.lane) == (True, "quick")
     assert "no lane keeps" in verdict.words
-    # Slower by far, the first lane has no sizes for that; the table says so.
-    assert (found[2].name, found[2].fits, found[2].costs) == ("no legal sizes", False, {})
+    # Slower by far, the first lane has no sizes for that: it stands as near as it gets.
+    near = found[2].costs["itl_ms"]
+    assert not found[2].fits
+    assert limits["itl_ms"] < near < found[0].costs["itl_ms"]
+    assert found[2].nats > found[0].nats
+    least = near / LOOSER**2
+    tighter = {"itl_ms": least, "batch": 2, "lane": "plain"}
+    with pytest.raises(ModelError):
+        found_corners(tmp_path / "u", config, teacher, tighter, nats)
 
 
 def test_nothing_that_fits_is_an_error_with_the_least_that_is_reached(config, teacher, tmp_path):
@@ -753,10 +766,10 @@ def test_milliseconds_are_held_on_a_slower_machine_too(
     assert 1.2 * cells(read_shape(made.path), [2])[0].itl_ms["p50"] <= limit
 
 
-@pytest.mark.parametrize("given", [{"itl_ms": 5.0}, {"ttft_ms": 9.0}, {"tokens_per_s": 100.0}])
-def test_faster_asks_for_the_least_speedup_that_counts(config, teacher, tmp_path, given):
+@pytest.mark.parametrize("given", [{"itl_ms": 5.0}, {"ttft_ms": "9%"}, {"tokens_per_s": 100.0}])
+def test_a_limit_takes_other_milliseconds(config, teacher, tmp_path, given):
     table = read_table(written(tmp_path / "t", config, teacher).path)
     watch = stopwatch(LatencyLimit(**given, batch=2), table, "plain")
-    before = watch.before()
-    asked = stopwatch(faster(watch.limit, before), table, "plain").limits()
-    assert asked == {name: pytest.approx(ms / 1.02) for name, ms in before.items()}
+    asked = {name: 0.9 * ms for name, ms in watch.before().items()}
+    made = stopwatch(at_most(watch.limit, asked), table, "plain")
+    assert made.limits() == {name: pytest.approx(ms) for name, ms in asked.items()}

@@ -180,11 +180,11 @@ def _absolute(limit: LatencyLimit, before: dict[str, float]) -> dict[str, float]
     return found
 
 
-def faster(limit: LatencyLimit, before: Mapping[str, float]) -> LatencyLimit:
-    """``limit`` with what asks for no more than its ``min_speedup`` beside ``before``."""
-    asked = {name: ms / limit.min_speedup for name, ms in before.items() if name != TOKEN_MS}
-    if TOKEN_MS in before:
-        asked["tokens_per_s"] = 1000 * limit.min_speedup / before[TOKEN_MS]
+def at_most(limit: LatencyLimit, ms: Mapping[str, float]) -> LatencyLimit:
+    """``limit`` with other milliseconds, by the name of every limit given."""
+    asked = {name: value for name, value in ms.items() if name != TOKEN_MS}
+    if TOKEN_MS in ms:
+        asked["tokens_per_s"] = 1000 / ms[TOKEN_MS]
     return limit.model_copy(update=asked)
 
 

@@ -44,7 +44,7 @@ def corners(search: SizeSearch) -> Table:
         f"Batch size {asked['batch']}{lengths}; {limits}. Times of the unpruned model are "
         f"measured, the others predicted (median error: {errors}); divergence adds up what format "
         "and cut cost before any training. A lane that fits unpruned is pruned as little as gains "
-        "anything.",
+        "anything, one that no sizes bring to the limit as near as they get.",
     )
 
 

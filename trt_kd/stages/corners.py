@@ -15,12 +15,14 @@ from trt_kd.pruning.base import Axis
 from trt_kd.pruning.budget import Budget, amount, limited
 from trt_kd.pruning.candidates import possible
 from trt_kd.pruning.catalogue import Target
-from trt_kd.pruning.latency_limit import Stopwatch, faster, stopwatch
+from trt_kd.pruning.latency_limit import Stopwatch, at_most, stopwatch
 from trt_kd.pruning.search import Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import Point
 
 UNPRUNED = "unpruned"
 NO_SIZES = "no legal sizes"
+LOOSER = 1.05
+"""Step by which limits that no sizes keep are raised, to show the nearest that pruning gets."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Corner:
 
     lane: str
     name: str
-    """``unpruned``, the sizes, or ``no legal sizes`` where pruning does not get there."""
+    """``unpruned``, the sizes, or ``no legal sizes`` where nothing can be cut at all."""
     fits: bool
     costs: dict[str, float]
     """By the name of every limit; of the unpruned model measured, else predicted; empty where
@@ -95,7 +97,7 @@ def corners(
     """Every lane unpruned, then the best of every lane pruned to the limits.
 
     A lane that keeps the limits unpruned is pruned as little as its ``min_speedup`` asks for, to
-    show what a cut would cost there.
+    show what a cut would cost there; one that no sizes bring to the limits, as near as they get.
 
     Raises:
         ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
@@ -105,7 +107,7 @@ def corners(
     made = _Corners(budget, table, axes, target, points, search or Search())
     lanes = [limit.lane] if limit.lane else list(table.lanes)
     plain = [made.unpruned(lane) for lane in lanes]
-    pruned, refused = zip(*(made.pruned_if_legal(corner) for corner in plain), strict=True)
+    pruned, refused = zip(*(made.pruned(corner) for corner in plain), strict=True)
     found = [*plain, *pruned]
     errors = [error for error in refused if error is not None]
     if errors and not any(corner.fits for corner in found):
@@ -142,23 +144,35 @@ class _Corners:
         fits = all(cost <= limits[name] for name, cost in costs.items())
         return Corner(lane, UNPRUNED, fits, costs, self.table.lanes[lane].kl_nats)
 
-    def pruned_if_legal(self, plain: Corner) -> tuple[Corner, ModelError | None]:
-        """The lane of ``plain`` pruned, or that it has no sizes for it and why."""
+    def pruned(self, plain: Corner) -> tuple[Corner, ModelError | None]:
+        """The lane of ``plain`` pruned to the limits, or as near to them as it gets and why."""
+        watch = self._watch(plain.lane)
+        limits = watch.limits()
+        if plain.fits:
+            asked = {name: ms / watch.limit.min_speedup for name, ms in watch.before().items()}
+            return self._nearest(plain, asked)
+        found, error = self._nearest(plain, limits)
+        slower = error
+        while slower is not None and self._may_loosen(limits, watch.before()):
+            limits = {name: LOOSER * ms for name, ms in limits.items()}
+            found, slower = self._nearest(plain, limits)
+        return (found if error is None else replace(found, fits=False)), error
+
+    def _may_loosen(self, limits: dict[str, float], before: dict[str, float]) -> bool:
+        return any(LOOSER * limits[name] < before[name] for name in before)
+
+    def _nearest(self, plain: Corner, ms: dict[str, float]) -> tuple[Corner, ModelError | None]:
+        """The best sizes that take at most ``ms`` by name, or that there are none and why."""
         try:
-            return self.pruned(plain), None
+            return self._best(plain, ms), None
         except ModelError as error:
             return Corner(plain.lane, NO_SIZES, False, {}, None), error
 
-    def pruned(self, plain: Corner) -> Corner:
-        """The sizes nearest to the unpruned model that are predicted to keep the limits.
-
-        Raises:
-            ModelError: if there are none.
-        """
+    def _best(self, plain: Corner, ms: dict[str, float]) -> Corner:
         watch, shape = self._watch(plain.lane), self.table.shape
-        if plain.fits:
-            watch = _scaled(replace(watch, limit=faster(watch.limit, watch.before())), shape)
-        within = self.budget.timed_by(as_measured(self.budget, watch, shape))
+        watch = replace(watch, limit=at_most(watch.limit, ms))
+        watch = _scaled(watch, shape) if plain.fits else as_measured(self.budget, watch, shape)
+        within = self.budget.timed_by(watch)
         found = possible(self.axes, shape, within, self.target, slack=self.search.slack)
         best, nats, opened = found[0], None, open_axes(self.axes)
         if self.points:
