@@ -212,8 +212,8 @@ def measured(
         }
         if config.load_generator is not None:
             tool = config.load_generator
-            result["load"] = {"tool": tool.kind, "slo": dict(tool.limits())}
-            result["load"]["served_here"] = tool.serves_here()
+            told = {"tool": tool.kind, "slo": dict(tool.limits())}
+            result["load"] = told | {"served_here": tool.serves_here()}
         if found.at_rates:
             result["request_rates"] = found.at_rates
         _write_json(draft.path / "benchmark.json", result)
