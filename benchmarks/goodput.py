@@ -4,8 +4,9 @@
 
 Serves a checkpoint on 127.0.0.1 by ``transformers serve`` with continuous batching, which needs
 ``pip install 'transformers[serving]'`` (in another environment: ``--python``), drives it by AIPerf
-and writes the report. The server runs in float32 on the machine that the client runs on. Measured
-loads are not measured again. Prints a table, then one line of JSON.
+and writes the report. The server runs in float32 on half of the cores, since the client works on
+the same machine, and ignores end-of-text. Measured loads are not measured again. Prints a table,
+then one line of JSON.
 """
 
 import argparse
@@ -33,6 +34,7 @@ NAME = "local/student"
 """What the model is called at the server."""
 SERVED = (".json", ".jinja", ".safetensors", ".model")
 """Files of a checkpoint that a server reads."""
+GENERATION = "generation_config.json"
 REVISION = "0" * 40
 PATIENCE_S = 120.0
 
@@ -43,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/goodput"))
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter that has transformers[serving]"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="of the server"
     )
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--input-tokens", type=int, default=64)
@@ -74,7 +79,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     if place.is_dir():
         made = Artifact.open(place, expect="benchmark")
     else:
-        with served(student.path, given.python, given.work) as url:
+        with served(student.path, given) as url:
             made = benchmark(settings(given, url), out=place, student=student)
     page = given.work / "report"
     if not page.is_dir():
@@ -83,7 +88,8 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     (row,) = read_report(page).variants
     return {
         "hardware": environment(),
-        "server": "transformers serve, continuous batching, float32, on the client's own cores",
+        "server": "transformers serve, continuous batching, float32",
+        "server_threads": given.threads,
         "parameters": row.parameters,
         "load_generator": made.manifest.config["load_generator"],
         "loads": [record.model_dump(mode="json") for record in row.load],
@@ -91,7 +97,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(given: argparse.Namespace, url: str) -> BenchmarkConfig:
-    """What AIPerf is to send; the server takes no ``ignore_eos``, so answers end by themselves."""
+    """What AIPerf is to send; the server takes no ``ignore_eos``, but see ``laid_out``."""
     limits = {name: float(value) for name, _, value in (each.partition("=") for each in given.slo)}
     tool = {
         "kind": "openai-server",
@@ -116,21 +122,22 @@ def settings(given: argparse.Namespace, url: str) -> BenchmarkConfig:
 
 
 @contextmanager
-def served(checkpoint: Path, python: str, work: Path) -> Iterator[str]:
+def served(checkpoint: Path, given: argparse.Namespace) -> Iterator[str]:
     """Serve ``checkpoint`` while the block runs; yield where its API begins.
 
     Raises:
         ServerError: if the server ends or stays silent.
     """
-    hub = laid_out(checkpoint, work / "hub")
+    hub = laid_out(checkpoint, given.work / "hub")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [python, "-m", "transformers.cli.transformers", "serve", NAME]
+    argv = [given.python, "-m", "transformers.cli.transformers", "serve", NAME]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     argv += ["--continuous-batching"]
     env = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    log = work / "server.log"
+    env["OMP_NUM_THREADS"] = str(given.threads)
+    log = given.work / "server.log"
     with log.open("wb") as file:
         server = subprocess.Popen(argv, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -146,7 +153,10 @@ def served(checkpoint: Path, python: str, work: Path) -> Iterator[str]:
 
 
 def laid_out(checkpoint: Path, hub: Path) -> Path:
-    """A cache of the Hub that holds the checkpoint as links: only such models are listed."""
+    """A cache of the Hub that holds the checkpoint as links: only such models are listed.
+
+    Its generation settings are its own: without an end-of-text every answer has the length asked.
+    """
     folder = hub / f"models--{NAME.replace('/', '--')}"
     snapshot = folder / "snapshots" / REVISION
     for made in (snapshot, folder / "refs"):
@@ -154,8 +164,11 @@ def laid_out(checkpoint: Path, hub: Path) -> Path:
     (folder / "refs" / "main").write_text(REVISION, encoding="utf-8")
     for path in checkpoint.iterdir():
         link = snapshot / path.name
-        if path.suffix in SERVED and not link.is_symlink():
+        if path.suffix in SERVED and path.name != GENERATION and not link.is_symlink():
             link.symlink_to(path.resolve())
+    told = json.loads((checkpoint / GENERATION).read_text(encoding="utf-8"))
+    text = json.dumps(told | {"eos_token_id": -1})
+    (snapshot / GENERATION).write_text(text, encoding="utf-8")
     return hub.resolve()
 
 
@@ -181,8 +194,9 @@ def table(result: dict[str, Any]) -> str:
     """A row for every number of requests in flight, as Markdown."""
     machine, slo = result["hardware"], result["load_generator"]["slo"]
     limits = ", ".join(f"{name} at most {ms:g}" for name, ms in slo.items() if ms is not None)
+    server = f"{result['server']}, {result['server_threads']} thread(s)"
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores; {result['server']}; good: {limits}",
+        f"{machine['processor']}, {machine['cores']} cores; {server}; good: {limits}",
         "",
         "| In flight | TTFT p50 (ms) | TPOT p50 (ms) | Tok/s | Requests/s | Goodput/s | Client |",
         "|--:|--:|--:|--:|--:|--:|--:|",

@@ -86,8 +86,11 @@ def test_the_cache_holds_links_to_what_a_server_reads(script, teacher, tmp_path)
     snapshot = hub / "models--local--student/snapshots" / revision
     names = {path.name for path in snapshot.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert all(path.resolve() == (teacher.path / path.name).resolve() for path in
-               snapshot.iterdir())  # fmt: skip
+    links = [path for path in snapshot.iterdir() if path.name != "generation_config.json"]
+    assert all(path.resolve() == (teacher.path / path.name).resolve() for path in links)
+    settings = json.loads((snapshot / "generation_config.json").read_text())
+    given = json.loads((teacher.path / "generation_config.json").read_text())
+    assert settings == given | {"eos_token_id": -1}
 
 
 def test_goodput_stands_in_the_table_the_record_and_the_report(run, program, tmp_path, monkeypatch):
@@ -131,5 +134,5 @@ def test_aiperf_loads_transformers_own_server(run, tmp_path):
     assert code == 0, printed.err + (tmp_path / "work/server.log").read_text(encoding="utf-8")
     record = json.loads(printed.out.splitlines()[-1])
     for one in record["loads"]:
-        assert one["requests_per_s"] > 0
+        assert one["output_tokens_per_s"] == pytest.approx(8 * one["requests_per_s"], rel=0.01)
         assert one["goodput_requests_per_s"] == pytest.approx(one["requests_per_s"], rel=0.01)
