@@ -10,6 +10,8 @@ from trt_kd.quantization import FORMATS
 
 CALIBRATED = {
     "fp8": "fp8",
+    "fp8_per_channel_per_token": "fp8_per_channel_per_token",
+    "w4a8_awq": {"kind": "w4a8_awq", "block_size": 64},
     "int8_smoothquant": "int8_smoothquant",
     "int8": "int8",
     "int4_awq": {"kind": "int4_awq", "block_size": 64},

@@ -5,8 +5,12 @@ import torch
 
 from trt_kd.exporters.arithmetic import (
     DeployedLinear,
+    fp8_block_weight,
+    fp8_channel_weight,
     fp8_input,
+    fp8_token_input,
     fp8_weight,
+    int4_fp8_weight,
     int4_weight,
     int8_input,
     int8_weight,
@@ -66,3 +70,29 @@ def test_a_deployed_layer_scales_then_rounds_then_multiplies():
         round_input=torch.round,
     )
     assert layer(torch.tensor([0.26, 1.4])).item() == pytest.approx(3.0 + 2.0 + 0.25)
+
+
+def test_fp8_weights_may_have_a_scale_per_output_or_per_block():
+    codes = torch.arange(16.0).reshape(4, 4).to(torch.float8_e4m3fn)
+    per_channel = fp8_channel_weight(codes, torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    assert per_channel[:, 3].tolist() == [3.0, 14.0, 44.0, 120.0]
+    scale = torch.tensor([[1.0, 10.0], [100.0, 0.5]])
+    expected = [[0, 1, 20, 30], [4, 5, 60, 70], [800, 900, 5, 5.5], [1200, 1300, 7, 7.5]]
+    assert fp8_block_weight(codes, scale, 2).tolist() == expected
+    assert fp8_block_weight(codes, scale[:, None, :, None], 2).tolist() == expected
+
+
+def test_every_token_has_an_fp8_scale_of_its_own_and_zeros_stay_zeros():
+    x = torch.tensor([[1.0, -2.0, 0.3], [1e4, 5.0, 0.0], [0.0, 0.0, 0.0]])
+    expected = torch.stack([fp8_input(row, row.abs().max() / 448) for row in x[:2]])
+    assert torch.equal(fp8_token_input(x)[:2], expected)
+    assert torch.equal(fp8_token_input(x)[2], torch.zeros(3))
+    assert torch.equal(fp8_token_input(x[:1]), fp8_token_input(x)[:1]), "tokens apart"
+
+
+def test_an_int4_weight_for_fp8_products_is_rounded_twice():
+    packed = torch.tensor([[7 | (5 << 4)]], dtype=torch.uint8)
+    scale, second = torch.tensor([[0.3], [0.1]]), torch.tensor(0.01)
+    once = int4_weight(packed, scale)
+    assert torch.equal(int4_fp8_weight(packed, scale, second), fp8_input(once, second))
+    assert int4_fp8_weight(packed, scale, second)[0].item() == pytest.approx(2.08)  # not 2.1

@@ -1,6 +1,7 @@
 """``--lane auto``: what is chosen takes the source, or every lane's reason is named."""
 
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -15,6 +16,7 @@ from trt_kd.errors import ConfigError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.choosing import Deployment, Runtime, choose
 
+ROOT = Path(__file__).parents[2]
 VERSIONS = (None, "1.2.1", "1.3.0rc21")
 GPUS = (None, "cpu", "hopper")
 FORMATS = (None, "fp8", "int8_smoothquant", "int4_awq", "mixed")
@@ -93,6 +95,10 @@ def source(sources):
         ({"runtime": "onnxruntime"}, "fp8", "onnx"),
         ({"gpu": "cpu"}, None, "ort-genai"),
         ({"gpu": "hopper"}, None, "hf-unified"),
+        ({"gpu": "hopper"}, "int8_smoothquant", "hf-unified"),
+        ({"gpu": "cpu"}, "fp8", "onnx"),
+        ({"gpu": "cpu"}, "int4_awq", "onnx"),
+        ({"gpu": "cpu"}, "mixed", "hf-unified"),
     ],
 )
 def test_a_llama_goes_where_its_runtime_looks(source, target, kind, lane):
@@ -103,6 +109,24 @@ def test_a_family_without_the_best_lane_gets_the_next_and_hears_why(source):
     choice = choose(Deployment(gpu="cpu"), source("olmo2", None))
     assert choice.lane.kind == "hf-unified"
     assert [line.split(":")[0] for line in choice.passed_over] == ["not ort-genai", "not onnx"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lane", "other"),
+    [
+        (None, "ort-genai", "onnx"),
+        ("int8_smoothquant", "onnx", "hf-unified"),
+        ("int4_awq", "onnx", "hf-unified"),
+        ("fp8", "hf-unified", "onnx"),
+    ],
+)
+def test_without_target_and_gpu_what_this_machine_can_run_is_chosen_or_told(
+    source, kind, lane, other, monkeypatch
+):
+    monkeypatch.setattr("trt_kd.exporters.choosing.environment", lambda: {"gpu": None})
+    *others, chosen = choose(Deployment(), source("llama", kind)).explanation()
+    assert chosen.startswith(f"lane {lane}: this machine has no GPU")
+    assert any(line.startswith(f"also possible, {other}: ") for line in others)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +143,25 @@ def test_what_cannot_be_is_refused_in_two_lines(source, target, what):
         choose(Deployment(**target), source("llama", "fp8"))
     assert caught.value.hint
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_the_target_of_a_recipe_is_taken_and_its_parts_can_be_replaced(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("trt_kd.cli.console.prepare_logging", lambda: None)
+    recipe = ROOT / "workflows/llama3.1-8b-to-4b-width-fp8.yaml"  # trtllm on hopper
+    quantized = source("llama", "int8_smoothquant").path
+
+    def call(*about):
+        given = ["export", "--source", quantized, "--out", tmp_path / "e", "--lane", "auto"]
+        return CliRunner().invoke(app, [*map(str, given), *about])
+
+    newest, old = call(f"target={recipe}"), call(f"target={recipe}", "target.version=1.2.1")
+    assert "lane hf-unified: TensorRT-LLM's PyTorch backend" in newest.stderr
+    assert "lane trtllm-engine: " in old.stderr
+    without = call(f"target={ROOT / 'workflows/quickstart.yaml'}")
+    assert without.exit_code == 2
+    assert "names neither runtime nor gpu" in without.output
 
 
 def test_the_command_explains_its_choice_and_exports(teacher, text_file, tmp_path, monkeypatch):

@@ -13,12 +13,15 @@ from trt_kd.backends import BACKENDS
 from trt_kd.errors import ModelError, VerificationError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.comparison import compare, logits_of
+from trt_kd.exporters.hf_unified_files import weight_share_by_bits
 from trt_kd.exporters.hf_unified_reader import read_model
 from trt_kd.exporters.verification import source_logits, verify
 
 LANE = EXPORTERS.load("hf-unified")()
 ALGORITHMS = {
     "fp8": "FP8",
+    "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN",
+    "w4a8_awq": "W4A8_AWQ",
     "int8_smoothquant": "W8A8_SQ_PER_CHANNEL",
     "int8": "W8A8_SQ_PER_CHANNEL",
     "int4_awq": "W4A16_AWQ",
@@ -38,7 +41,8 @@ def made(request, quantized, tmp_path_factory):
     source = quantized(request.param)
     metrics = LANE.export(source, out)
     cache = "FP8" if request.param in CACHED else None
-    assert metrics == {"quant_algo": ALGORITHMS[request.param], "kv_cache_quant_algo": cache}
+    assert metrics["quant_algo"] == ALGORITHMS[request.param]
+    assert metrics["kv_cache_quant_algo"] == cache
     return request.param, source, out
 
 
@@ -113,7 +117,8 @@ def test_no_path_of_this_machine_is_in_the_export(made):
 
 def test_a_checkpoint_is_copied_and_reads_back_the_same(teacher, blocks, tmp_path):
     told = LANE.export(teacher, tmp_path)
-    assert told == {"quant_algo": None, "kv_cache_quant_algo": None}
+    assert told["quant_algo"] is told["kv_cache_quant_algo"] is None
+    assert told["weight_share_by_bits"] == {"32": 1.0}
     difference = verify(LANE, teacher, tmp_path, blocks, source_logits(teacher, blocks))
     assert difference.kl_nats < 1e-9
     assert difference.top1_agreement == 1.0
@@ -125,6 +130,24 @@ def test_an_untied_model_keeps_both_tables(make_model, tokenizer_dir, blocks, tm
     model = make_model(tie_word_embeddings=False)
     save_model(model, tmp_path, tokenizer_from=tokenizer_dir)
     assert compare(logits_of(model, blocks), logits_of(read_model(tmp_path), blocks)).kl_nats < 1e-9
+
+
+def test_the_share_of_every_precision_is_that_of_the_stored_weights(made):
+    name, _, out = made
+    tensors = load_file(out / "model.safetensors")
+    matrices = [key for key in tensors if tensors[key].ndim == 2 and key.endswith(".weight")]
+    packed = {key: 2 if tensors[key].dtype == torch.uint8 else 1 for key in matrices}
+    total = sum(tensors[key].numel() * packed[key] for key in matrices)
+    shares = weight_share_by_bits(out)
+    for bits, types in {
+        "4": [torch.uint8],
+        "8": [torch.int8, torch.float8_e4m3fn],
+        "32": [torch.float32],
+    }.items():
+        some = [key for key in matrices if tensors[key].dtype in types]
+        share = sum(tensors[key].numel() * packed[key] for key in some) / total
+        assert shares.get(bits, 0.0) == pytest.approx(share), name
+    assert sum(shares.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("kind", ["quantized", "checkpoint"])

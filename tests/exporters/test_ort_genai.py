@@ -57,6 +57,22 @@ def test_a_quantized_source_is_refused_with_the_reason(teacher):
     assert "plain checkpoint" in problems[0]
 
 
+def test_a_mistral_with_a_window_is_refused_and_one_without_is_not(tmp_path):
+    from trt_kd.artifacts import Artifact, writing
+    from trt_kd.config import StageConfig
+
+    class Made(StageConfig):
+        stage = "import"
+
+    for number, (window, count) in enumerate([(None, 0), (4096, 1), (32768, 0)]):
+        out = tmp_path / str(number)
+        with writing(out, kind="checkpoint", config=Made(), inputs={}) as draft:
+            config = {"model_type": "mistral", "max_position_embeddings": 32768}
+            text = json.dumps(config | {"sliding_window": window})
+            (draft.path / "config.json").write_text(text)
+        assert len(OrtGenai().check_source(Artifact.open(out))) == count
+
+
 def test_unknown_architectures_and_odd_heads_are_refused(teacher):
     from dataclasses import replace
 

@@ -9,7 +9,11 @@ from trt_kd.quantization import FORMATS
 AWQ = {"kind": "int4_awq", "block_size": 64}
 MIXED = {"kind": "mixed", "formats": ["fp8", AWQ], "effective_bits": 7.0, "score_tokens": 64}
 CACHED = {"kind": "int8_smoothquant", "kv_cache": "fp8"}
-CALIBRATED = ["fp8", "int8_smoothquant", "int8", AWQ, MIXED, CACHED]
+W4A8 = {"kind": "w4a8_awq", "block_size": 64}
+CALIBRATED = [
+    *("fp8", "fp8_per_channel_per_token", "int8_smoothquant", "int8"),
+    *(AWQ, W4A8, MIXED, CACHED),
+]
 
 
 def _named(settings):

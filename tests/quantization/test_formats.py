@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +64,21 @@ def test_a_cache_is_told_in_one_place(settings, what):
         validate(QuantizeConfig, {"format": settings}, where="quantize")
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int8_smoothquant", "int4_awq"])
+@pytest.mark.parametrize("name", sorted({*FORMATS.names()} - {"recipe", "nvfp4"}))
 def test_widths_that_every_kernel_takes_are_fine(name):
     assert build_plugin(FORMATS, name).check(SHAPE) == []
+
+
+def test_blocks_of_fp8_must_divide_output_widths_too():
+    narrow = dataclasses.replace(SHAPE, kv_heads=1, head_dim=64, heads=16)
+    (problem,) = build_plugin(FORMATS, "fp8_block").check(narrow)
+    assert "the output width 64 of k_proj, v_proj is no multiple of 128" in problem
+
+
+def test_the_width_of_experts_is_checked_too():
+    moe = dataclasses.replace(SHAPE, experts=4, expert_ffn=96)
+    (problem,) = build_plugin(FORMATS, "int4_awq").check(moe)
+    assert "the input width 96 of the experts' down_proj is no multiple of 128" in problem
 
 
 def test_the_block_size_of_int4_must_divide_every_input_width():
@@ -102,3 +115,8 @@ def test_formats_and_their_checks_need_no_torch():
         "sys.exit(bool({'torch', 'modelopt'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_says_of_every_format_what_it_is():
+    page = (Path(__file__).parents[2] / "docs/quantization.md").read_text(encoding="utf-8")
+    assert [name for name in FORMATS.names() if f"`{name}`" not in page] == []

@@ -220,7 +220,8 @@ def test_a_cache_that_is_calibrated_trains_along(source, settings, tmp_path):
 @pytest.mark.parametrize(
     ("form", "train", "reason"),
     [
-        ({"kind": "recipe", "name": "fp8_default-kv_fp8"}, {}, "scales of a recipe cannot follow"),
+        ("w4a8_awq", {}, "scales of w4a8_awq cannot follow"),
+        ({"kind": "recipe", "name": "fp8_default-kv_fp8"}, {}, "scales of recipe cannot follow"),
         ("fp8", {"features": [{"loss": "mse"}]}, "features has no place"),
         ("fp8", {"on_policy": {"share": 0.5}}, "on_policy"),
         ("fp8", {"exits": {"layers": [0]}}, "exits has no place"),

@@ -155,6 +155,8 @@ class Architecture(ABC):
     """What a norm adds to its weight before it multiplies."""
     whole_heads: ClassVar[bool] = False
     """Whether its config refuses a hidden size that is no multiple of the query heads."""
+    expert_projections: ClassVar[tuple[str, str, str] | None] = None
+    """Names of gate, up and down of one expert in a checkpoint; None without experts."""
 
     def axes(self, shape: ModelShape) -> dict[str, str]:
         """Every kind of axis, with the reason why this model lacks it or an empty string."""
@@ -209,6 +211,10 @@ class Architecture(ABC):
     def portable(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config.json`` with the family's own settings in the spelling of both versions."""
         return config
+
+    def stored(self, name: str) -> str:
+        """Name in a checkpoint's files of a module or parameter, which no version changes."""
+        return name
 
     def body(self, model: "PreTrainedModel") -> "nn.Module":
         """The model without its head."""

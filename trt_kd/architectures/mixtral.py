@@ -31,8 +31,13 @@ class Mixtral(LlamaLike):
         "expert_ffn": "intermediate_size",
     }
     module_names: ClassVar[Mapping[str, tuple[str, ...]]] = MOE_MODULE_NAMES
+    expert_projections = ("w1", "w3", "w2")
+
+    def stored(self, name: str) -> str:
+        """See the base class; transformers 5 calls the block ``mlp``."""
+        return name.replace(".mlp.", ".block_sparse_moe.")
 
     def experts(self, layer: "nn.Module") -> "Experts | None":
         """See the base class."""
         name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
-        return experts_of(layer.get_submodule(name), ("w1", "w3", "w2"))
+        return experts_of(layer.get_submodule(name), self.expert_projections)

@@ -30,6 +30,10 @@ class GptNeoX(LlamaLike):
     mlp_readers: ClassVar[tuple[str, ...]] = ("mlp.dense_h_to_4h",)
     mlp_writer: ClassVar[str] = "mlp.dense_4h_to_h"
 
+    def stored(self, name: str) -> str:
+        """See the base class; transformers 5 calls the head as other families do."""
+        return name.replace("lm_head.", "embed_out.")
+
     def final_norm(self, model: "PreTrainedModel") -> "nn.Module":
         """See the base class."""
         return self.body(model).get_submodule("final_layer_norm")

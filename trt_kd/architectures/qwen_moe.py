@@ -26,13 +26,14 @@ class Qwen3Moe(LlamaLike):
         "expert_ffn": "moe_intermediate_size",
     }
     module_names: ClassVar[Mapping[str, tuple[str, ...]]] = MOE_MODULE_NAMES
+    expert_projections = ("gate_proj", "up_proj", "down_proj")
 
     def experts(self, layer: "nn.Module") -> "Experts | None":
         """See the base class."""
         block = layer.get_submodule("mlp")
         if not hasattr(block, "experts"):
             return None
-        return experts_of(block, ("gate_proj", "up_proj", "down_proj"))
+        return experts_of(block, self.expert_projections)
 
     def keep_layers(self, model: "PreTrainedModel", kept: Sequence[int]) -> None:
         """See the base class; which layers are dense is written out."""

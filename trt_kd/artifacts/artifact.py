@@ -212,11 +212,13 @@ def _lineage(inputs: Iterable[Artifact]) -> dict[str, Ancestor]:
     for artifact in inputs:
         manifest = artifact.manifest
         lineage |= manifest.lineage
+        licence = manifest.metrics.get("license")
         lineage[manifest.key] = Ancestor(
             kind=manifest.kind,
             stage=manifest.stage,
             config=manifest.config,
             inputs=manifest.inputs,
+            license=str(licence) if licence else None,
         )
     return lineage
 

@@ -66,6 +66,7 @@ class Ancestor(BaseModel):
     stage: str
     config: dict[str, Any]
     inputs: dict[str, str]
+    license: str | None = None
 
 
 def work_key(config: StageConfig, inputs: Mapping[str, str]) -> str:

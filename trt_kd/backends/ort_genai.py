@@ -9,41 +9,67 @@ Two properties of the runtime (0.18) that this file works around:
 """
 
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
 from trt_kd.backends.base import Backend, Session, rectangle
+from trt_kd.backends.widened_graph import has_bfloat16, widen
 from trt_kd.errors import ModelError
 from trt_kd.measuring.roofline import DecodeWork
 from trt_kd.optional import require
 
+_CONFIG = "genai_config.json"
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm")
 
 
 class OrtGenai(Backend):
-    """ONNX Runtime GenAI on the provider the export was built for."""
+    """ONNX Runtime GenAI on the provider the export was built for, or its graph on the CPU."""
 
     kind: Literal["ort-genai"] = "ort-genai"
+    provider: Literal["own", "cpu"] = "own"
+    """``cpu`` runs a graph built for a GPU on the CPU, bfloat16 widened to float32: what it
+    computes can be read, how fast it is cannot."""
 
     def load(self, directory: Path) -> "OrtGenaiSession":
         """See the base class."""
-        genai = require("onnxruntime_genai", extra="onnx")
+        require("onnxruntime_genai", extra="onnx")
         settings = genai_config(directory)
+        with ExitStack() as stack:
+            place = directory
+            if self.provider == "cpu" and has_bfloat16(directory / settings["decoder"]["filename"]):
+                place = Path(stack.enter_context(TemporaryDirectory(prefix="widened-")))
+                shutil.copyfile(directory / _CONFIG, place / _CONFIG)
+                for path in directory.glob("tokenizer*"):
+                    shutil.copyfile(path, place / path.name)
+                name = settings["decoder"]["filename"]
+                widen(directory / name, place / name)
+            model = self._model(directory, place)
+            return OrtGenaiSession(model, settings, stack.pop_all())
+
+    def _model(self, directory: Path, place: Path) -> Any:
+        """Load the export ``directory`` from ``place``."""
+        genai = require("onnxruntime_genai", extra="onnx")
         try:
-            config = genai.Config(str(directory))
+            config = genai.Config(str(place))
+            if self.provider == "cpu":
+                config.clear_providers()
             if self.threads is not None:
                 options = {"intra_op_num_threads": self.threads}
                 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-            return OrtGenaiSession(genai.Model(config), settings)
+            return genai.Model(config)
         except RuntimeError as error:  # the only class this runtime raises
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(
                 f"{directory} cannot be loaded by ONNX Runtime GenAI: {reason}",
-                hint="export the model again",
+                hint="export the model again, or load it where the provider is that it was built "
+                "for",
             ) from error
 
     def decode_work(self, directory: Path) -> DecodeWork:
@@ -56,7 +82,9 @@ class OrtGenai(Backend):
         return DecodeWork(
             weight_bytes=weight_bytes,
             weights=weights,
-            kv_bytes_per_token=4.0 * kv_values * decoder["head_size"],
+            kv_bytes_per_token=_cache_bytes(directory / decoder["filename"])
+            * kv_values
+            * decoder["head_size"],
             head_weights=min(head, weights),
             attention_channels=0 if "sliding_window" in decoder else heads * decoder["head_size"],
         )
@@ -79,6 +107,14 @@ def _products(path: Path) -> tuple[int, int]:
     return size, weights
 
 
+def _cache_bytes(path: Path) -> float:
+    """Bytes of a number in the key-value cache."""
+    onnx = require("onnx", extra="onnx")
+    outputs = onnx.load(str(path), load_external_data=False).graph.output
+    types = [o.type.tensor_type.elem_type for o in outputs if o.name.startswith("present")]
+    return float(_bytes(types[0], 1)) if types else 4.0
+
+
 def _bytes(data_type: int, count: int) -> int:
     onnx = require("onnx", extra="onnx")
     packed = "INT4" in onnx.TensorProto.DataType.Name(data_type)
@@ -89,8 +125,9 @@ def _bytes(data_type: int, count: int) -> int:
 class OrtGenaiSession(Session):
     """A loaded ``onnxruntime_genai.Model``."""
 
-    def __init__(self, model: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, model: Any, settings: dict[str, Any], files: ExitStack) -> None:
         self._model: Any = model
+        self._files = files
         self.vocab_size = int(settings["vocab_size"])
         self._context = int(settings["context_length"])
         self._filler = 1 if settings.get("pad_token_id") == 0 else 0
@@ -120,6 +157,7 @@ class OrtGenaiSession(Session):
     def close(self) -> None:
         """See the base class."""
         self._model = None
+        self._files.close()
 
     def _generator(self, batch: int, max_length: int, *, min_length: int) -> Any:
         """Return a new generator; its key-value cache holds ``max_length`` tokens per row."""
@@ -150,7 +188,7 @@ def genai_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: if it is absent, damaged or lacks a size.
     """
-    path = directory / "genai_config.json"
+    path = directory / _CONFIG
     hint = "export the model again"
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]

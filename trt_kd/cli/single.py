@@ -200,6 +200,7 @@ def export(
 
     With options: trt-kd export --source s --out e lane.kind=onnx lane.precision=fp16
     For a target: trt-kd export --source q --out e --lane auto target.runtime=trtllm
+    For a recipe's target: trt-kd export --source q --out e --lane auto target=recipe.yaml
     """
     given = list(settings or [])
     if lane == "auto":
@@ -277,8 +278,27 @@ def _with_chosen_lane(settings: list[str], config: Path | None, source: Path) ->
     named = apply_overrides(read_yaml(config) if config else {}, rest)
     if "lane" in named:
         raise ConfigError("--lane auto chooses the lane", hint="leave out the setting lane")
-    target = apply_overrides({}, about).get("target", {})
+    whole = [text for text in about if text.startswith("target=")]
+    target = apply_overrides({}, whole).get("target", {})
+    if isinstance(target, str):
+        target = _target_of(Path(target))
+    parts = [text for text in about if text not in whole]
+    target = apply_overrides({"target": target}, parts)["target"]
     choice = choose(validate(Deployment, target, where="target"), Artifact.open(source))
     for line in choice.explanation():
         print(line, file=sys.stderr)
     return [*rest, f"lane={choice.lane.kind}"]
+
+
+def _target_of(recipe: Path) -> dict[str, str]:
+    """Runtime and GPU that ``prune.target`` of a recipe names."""
+    from trt_kd.pipeline.recipe import load_recipe
+
+    target = load_recipe(recipe).prune.target
+    named: dict[str, str] = target.model_dump(include={"runtime", "gpu"}, exclude_unset=True)
+    if not named:
+        raise ConfigError(
+            f"prune.target of {recipe} names neither runtime nor gpu",
+            hint="say where the model will run: target.runtime=trtllm target.gpu=hopper",
+        )
+    return named

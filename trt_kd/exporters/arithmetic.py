@@ -19,6 +19,26 @@ def fp8_weight(weight_OI: Tensor, scale: Tensor) -> Tensor:
     return weight_OI.float() * scale.float()
 
 
+def fp8_channel_weight(weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """FP8 E4M3 codes times one scale per output channel, in float32."""
+    return weight_OI.float() * scale_O.float()[:, None]
+
+
+def fp8_block_weight(weight_OI: Tensor, scale: Tensor, block: int = 128) -> Tensor:
+    """FP8 E4M3 codes times one scale per square block, in float32.
+
+    ``scale`` is ``[O/block, I/block]``, dimensions of one added or left out.
+    """
+    outputs, inputs = weight_OI.shape
+    scale_RC = scale.float().reshape(outputs // block, inputs // block)
+    return weight_OI.float() * scale_RC.repeat_interleave(block, 0).repeat_interleave(block, 1)
+
+
+def int4_fp8_weight(packed: Tensor, scale_OG: Tensor, scale_2: Tensor) -> Tensor:
+    """INT4 codes times one scale per block, rounded to FP8 E4M3 by one more scale, in float32."""
+    return fp8_input(int4_weight(packed, scale_OG), scale_2.float())
+
+
 def int8_weight(weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     """INT8 codes times one scale per output channel, in float32."""
     return weight_OI.float() * scale_O.float()[:, None]
@@ -40,6 +60,12 @@ def fp8_input(x: Tensor, scale: Tensor) -> Tensor:
     """Round ``x`` to FP8 E4M3 with a static scale and back."""
     codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.float() * scale
+
+
+def fp8_token_input(x: Tensor) -> Tensor:
+    """Round ``x`` ``[..., I]`` to FP8 E4M3 and back, each token with a scale of its own."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return fp8_input(x, scale / E4M3_MAX)
 
 
 def int8_input(x: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import Self
 
@@ -12,14 +12,26 @@ from trt_kd.artifacts.manifest import Metric
 from trt_kd.config import Plugin
 from trt_kd.quantization.base import QuantizationFormat
 
+if TYPE_CHECKING:
+    from trt_kd.backends.base import Backend
+
 
 class Exporter(Plugin, ABC):
     """A lane: an export format with the runtime that reads it."""
 
     backend: ClassVar[str]
     """Name of the backend that reads the export back."""
-    executed: ClassVar[bool] = True
-    """Whether that backend runs what ships, and not only what it was made from."""
+
+    @property
+    def executed(self) -> bool:
+        """Whether that backend runs what ships on this machine, and not only what is below it."""
+        return True
+
+    def reader(self) -> "Backend":
+        """The backend that reads the export back, with its settings."""
+        from trt_kd.backends import BACKENDS
+
+        return BACKENDS.load(self.backend).model_validate({"kind": self.backend})
 
     @abstractmethod
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:

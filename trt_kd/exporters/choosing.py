@@ -32,6 +32,12 @@ _ORDER: Mapping[Runtime, tuple[tuple[str, str], ...]] = {
     "tensorrt-rtx": (("tensorrt-rtx", "TensorRT for RTX runs its own engines"),),
 }
 """Lanes that a runtime reads, the best first, each with its reason."""
+_INTEGERS = {
+    "int8": "INT8 products",
+    "int8_smoothquant": "INT8 products",
+    "int4_awq": "INT4 weights",
+}
+"""Formats that make steps quicker on a CPU too, and by what."""
 _UNIFIED = ("hf-unified", "TensorRT-LLM's PyTorch backend loads Hugging Face folders")
 _ENGINE = ("trtllm-engine", "TensorRT-LLM up to 1.2 runs engines")
 
@@ -55,10 +61,12 @@ class Choice:
     because: str
     passed_over: tuple[str, ...]
     """Lanes that came first and what they had against the source."""
+    others: tuple[str, ...] = ()
+    """Lanes that came later and would take the source too."""
 
     def explanation(self) -> list[str]:
-        """Lines for a person to read."""
-        return [*self.passed_over, f"lane {self.lane.kind}: {self.because}"]
+        """Lines for a person to read; the last one names the choice."""
+        return [*self.passed_over, *self.others, f"lane {self.lane.kind}: {self.because}"]
 
 
 def choose(deployment: Deployment, source: Artifact) -> Choice:
@@ -67,15 +75,19 @@ def choose(deployment: Deployment, source: Artifact) -> Choice:
     Raises:
         ConfigError: naming what every lane has against it, or that a setting has no effect.
     """
-    candidates = _candidates(deployment, source)
     passed_over: list[str] = []
-    for kind, because in candidates:
+    taking: list[tuple[Exporter, str]] = []
+    for kind, because in _candidates(deployment, source):
         lane = EXPORTERS.load(kind).model_validate({"kind": kind})
         problems = lane.check(read_shape(source.path), source.manifest.kind)
-        problems = problems or lane.check_source(source)
-        if not problems:
-            return Choice(lane, because, tuple(passed_over))
-        passed_over.append(f"not {kind}: {'; '.join(problems)}")
+        if problems := problems or lane.check_source(source):
+            passed_over.append(f"not {kind}: {'; '.join(problems)}")
+        else:
+            taking.append((lane, because))
+    if taking:
+        (lane, because), *later = taking
+        others = tuple(f"also possible, {one.kind}: {why}" for one, why in later)
+        return Choice(lane, because, tuple(passed_over), others)
     raise ConfigError(
         f"no lane takes {source.path} there: {' | '.join(passed_over)}",
         hint="export another source, such as the checkpoint before quantization, or name another "
@@ -105,14 +117,30 @@ def _candidates(deployment: Deployment, source: Artifact) -> list[tuple[str, str
     where = f"the target has {deployment.gpu}" if deployment.gpu else f"this machine has {machine}"
     if gpu:
         return [("hf-unified", f"{where}: TensorRT-LLM, vLLM and SGLang load this folder")]
-    where = "no GPU is there"
-    if source.manifest.kind == "quantized":
-        return [("hf-unified", f"{where}, and what is quantized ships in a Hugging Face folder")]
-    return [
-        ("ort-genai", f"{where}: ONNX Runtime GenAI is the fastest of the CPU runtimes here"),
-        ("onnx", f"{where}: ONNX Runtime loads ONNX graphs"),
-        ("hf-unified", f"{where}: transformers loads Hugging Face folders"),
-    ]
+    return _without_gpu(deployment, source)
+
+
+def _without_gpu(deployment: Deployment, source: Artifact) -> list[tuple[str, str]]:
+    """What a machine without a GPU runs; a format that only GPUs compute in is meant for one.
+
+    Unless the target is said to be a CPU: then what runs there comes first in any format.
+    """
+    where = "the target has no GPU" if deployment.gpu == "cpu" else "this machine has no GPU"
+    folder = ("hf-unified", f"{where}: transformers loads Hugging Face folders")
+    if source.manifest.kind != "quantized":
+        return [
+            ("ort-genai", f"{where}: ONNX Runtime GenAI is the fastest of the CPU runtimes here"),
+            ("onnx", f"{where}: ONNX Runtime loads ONNX graphs"),
+            folder,
+        ]
+    form = _format_kind(source)
+    shipped = "a Hugging Face folder is what TensorRT-LLM, vLLM and SGLang load on one"
+    if form in _INTEGERS:
+        graph = ("onnx", f"{where}: ONNX Runtime computes with {_INTEGERS[form]} on a CPU")
+        return [graph, ("hf-unified", f"for a GPU: {shipped}")]
+    graph = ("onnx", f"{where}: ONNX Runtime runs {form} on a CPU, widened to float32, no faster")
+    folder = ("hf-unified", f"{where}, and products in {form} are computed on GPUs: {shipped}")
+    return [graph, folder] if deployment.gpu == "cpu" else [folder, graph]
 
 
 def _for_trtllm(deployment: Deployment, source: Artifact) -> list[tuple[str, str]]:
@@ -145,6 +173,10 @@ def _has_engines(version: str | None) -> bool:
 
 def _served(source: Artifact) -> bool:
     """Whether TensorRT-LLM's PyTorch backend documents the format of ``source``."""
+    return _format_kind(source) not in ("int8", "int8_smoothquant")
+
+
+def _format_kind(source: Artifact) -> str:
+    """Kind of the format of a quantized source."""
     settings: Any = source.manifest.config.get("format")
-    kind = settings.get("kind") if isinstance(settings, Mapping) else settings
-    return kind not in ("int8", "int8_smoothquant")
+    return str(settings.get("kind") if isinstance(settings, Mapping) else settings)

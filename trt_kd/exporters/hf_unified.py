@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from trt_kd.architectures.shape import ModelShape
+from trt_kd.architectures.shape import ModelShape, read_shape
 from trt_kd.artifacts import Artifact, Kind
+from trt_kd.artifacts.environment import installed
 from trt_kd.artifacts.manifest import Metric
 from trt_kd.checkpoints import copy_tokenizer, make_portable, read_json
 from trt_kd.errors import ModelError
@@ -23,9 +24,12 @@ from trt_kd.exporters.hf_unified_files import (
     MIXED,
     QUANT_CFG,
     read_quantization,
+    weight_share_by_bits,
 )
 from trt_kd.exporters.trtllm_commands import SERVED, write_serving
 from trt_kd.quantization.base import QuantizationFormat
+
+_OF_EXPERTS = ("fp8", "fp8_per_channel_per_token", "int8", "int8_smoothquant")
 
 
 class HfUnified(Exporter):
@@ -39,6 +43,30 @@ class HfUnified(Exporter):
         if source_kind not in ("checkpoint", "quantized"):
             return [f"hf-unified takes a checkpoint or a quantized model, not a {source_kind}"]
         return []
+
+    def check_format(self, shape: ModelShape, quantization: QuantizationFormat) -> list[str]:
+        """See the base class: experts come in the formats that are tested here.
+
+        Where transformers 5 keeps them in two tensors, Model Optimizer smooths none of them and
+        does not export INT4 AWQ.
+        """
+        kind, version = quantization.kind, installed("transformers")
+        if not shape.experts or kind in _OF_EXPERTS:
+            return []
+        if kind != "int4_awq":
+            return [f"experts in {kind} are not exported; choose one of {', '.join(_OF_EXPERTS)}"]
+        if version is None or version.startswith("4."):
+            return []
+        reason = "Model Optimizer exports experts in int4_awq only under transformers 4"
+        return [f"{reason}, installed is {version}: quantize and export there, or choose fp8"]
+
+    def check_source(self, source: Artifact) -> list[str]:
+        """See the base class: the number format of a quantized source."""
+        if source.manifest.kind != "quantized":
+            return []
+        from trt_kd.quantization.storage import format_of
+
+        return self.check_format(read_shape(source.path), format_of(source))
 
     def export(self, source: Artifact, out: Path) -> dict[str, Metric]:
         """See the base class."""
@@ -55,8 +83,13 @@ class HfUnified(Exporter):
         layers = (quantization.layers if quantization else None) or {}
         unserved = sorted({layer.algorithm for layer in layers.values()} - set(SERVED))
         write_serving(out, read_json(out / "config.json"), next(iter(unserved), algorithm))
-        cache = quantization.kv_cache if quantization else None
-        return {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
+        shares = weight_share_by_bits(out)
+        return {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": quantization.kv_cache if quantization else None,
+            "weight_share_by_bits": shares,
+            "realised_low_bit_share": sum(shares[bits] for bits in shares if int(bits) <= 8),
+        }
 
     def problems(self, source: Artifact, out: Path) -> list[str]:
         """See the base class: configuration, tensors and dequantized weights against the source."""

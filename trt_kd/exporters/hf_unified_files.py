@@ -1,9 +1,11 @@
 """The files of a unified Hugging Face checkpoint: headers, tensors and quantization settings."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,23 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 QUANT_CFG = "quant_cfg.json"
 """Where TensorRT-LLM up to 1.2 looks for the formats of layers first."""
 MIXED = "MIXED_PRECISION"
-WEIGHT_TYPES = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W4A16_AWQ": "U8"}
+WEIGHT_TYPES = {
+    "FP8": "F8_E4M3",
+    "FP8_PER_CHANNEL_PER_TOKEN": "F8_E4M3",
+    "fp8_pb_wo": "F8_E4M3",
+    "W8A8_SQ_PER_CHANNEL": "I8",
+    "W4A16_AWQ": "U8",
+    "W4A8_AWQ": "U8",
+}
 """Quantization algorithms that can be read back here, and how they store a weight."""
 CACHE_ALGORITHMS = {"none": None, "fp8": "FP8"}
 """What a checkpoint calls the formats of the key-value cache."""
 CACHE_SCALES = {"k_proj": "k_scale", "v_proj": "v_scale"}
 """Scales of an FP8 cache by the projection that they stand beside."""
 _FP8_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+_BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 4}
+"""Bits of a weight by its type in a safetensors header; bytes hold two 4-bit codes."""
+_SCALES = ("_scale", "_scale_2", "scaling_factor")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -188,3 +200,19 @@ def open_tensors(
                 raise ModelError(f"{directory}: {twice[0]} stands in two files")
             files |= dict.fromkeys(names, file)
         yield Tensors(files)
+
+
+def weight_share_by_bits(directory: Path) -> dict[str, float]:
+    """Share of the matrix weights by the bits they are stored in, from the files' headers.
+
+    Scales are no weights. Tables that ranks hold twice count twice.
+    """
+    counts: Counter[int] = Counter()
+    for path in sorted(directory.glob("*.safetensors")):  # ranks have the same names
+        with open_tensors(directory, only=path.name) as tensors:
+            for name in tensors:
+                dtype, dims = tensors.header(name)
+                if len(dims) >= 2 and dtype in _BITS and not name.endswith(_SCALES):
+                    counts[_BITS[dtype]] += prod(dims) * (2 if dtype == "U8" else 1)
+    total = counts.total()
+    return {str(bits): count / total for bits, count in sorted(counts.items())}

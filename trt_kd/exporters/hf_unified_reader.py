@@ -1,15 +1,16 @@
 """Read a unified Hugging Face checkpoint and compute what a deployed kernel computes.
 
-The stock architecture is built from ``config.json``, the tensors are read and dequantized here,
-and activations are rounded with the static scales of the file. Model Optimizer is not involved:
-this is the witness of what it wrote.
+The stock architecture is built from ``config.json``, its experts one by one as the files hold them,
+the tensors are read and dequantized here, and activations are rounded with the static scales of the
+file. Model Optimizer is not involved: this is the witness of what it wrote.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trt_kd.architectures import ARCHITECTURES, architecture_of
 from trt_kd.backends.base import Backend, Session
 from trt_kd.checkpoints import read_json
 from trt_kd.errors import ModelError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-_SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
 
 class HfUnifiedReader(Backend):
@@ -52,13 +53,22 @@ def read_model(directory: Path) -> "PreTrainedModel":
             that should not be, or the other way round, or a scale is not positive.
     """
     quantization = read_quantization(directory)
-    model: Any = empty_model(read_json(directory / "config.json"), directory)
+    config = read_json(directory / "config.json")
+    model: Any = empty_model(config, directory)
+    stored: Callable[[str], str] = str
+    if config["model_type"] in ARCHITECTURES.names():
+        architecture = architecture_of(config["model_type"])
+        stored = architecture.stored
+        if architecture.expert_projections is not None:
+            from trt_kd.exporters.listed_experts import list_experts
+
+            list_experts(model, architecture.expert_projections)
     with open_tensors(directory) as tensors:
         left = set(tensors)
         if quantization is not None:
-            left -= _place_quantized(model, tensors, quantization)
+            left -= _place_quantized(model, tensors, quantization, stored)
             left -= {name for name in left if quantization.kv_cache and is_cache_scale(name)}
-        _place_plain(model, tensors, left, directory)
+        _place_plain(model, tensors, left, stored, directory)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -70,13 +80,17 @@ def weight_of(tensors: Tensors, module: str, algorithm: str) -> "Tensor":
     """
     from trt_kd.exporters import arithmetic
 
-    dequantize = {
+    known: Mapping[str, Callable[..., Tensor]] = {
         "FP8": arithmetic.fp8_weight,
+        "FP8_PER_CHANNEL_PER_TOKEN": arithmetic.fp8_channel_weight,
+        "fp8_pb_wo": arithmetic.fp8_block_weight,
         "W8A8_SQ_PER_CHANNEL": arithmetic.int8_weight,
         "W4A16_AWQ": arithmetic.int4_weight,
-    }[algorithm]
+        "W4A8_AWQ": arithmetic.int4_fp8_weight,
+    }
+    parts = ["weight", "weight_scale", *(["weight_scale_2"] if algorithm == "W4A8_AWQ" else [])]
     try:
-        return dequantize(tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"])
+        return known[algorithm](*(tensors[f"{module}.{part}"] for part in parts))
     except KeyError as error:
         raise ModelError(f"tensor {error.args[0]} is missing") from error
     except (RuntimeError, IndexError) as error:
@@ -99,21 +113,27 @@ def empty_model(config: Mapping[str, Any], directory: Path) -> Any:
         return builder.from_config(settings, dtype=torch.float32)
 
 
-def _place_quantized(model: "nn.Module", tensors: Tensors, quantization: Quantization) -> set[str]:
+def _place_quantized(
+    model: "nn.Module",
+    tensors: Tensors,
+    quantization: Quantization,
+    stored: Callable[[str], str],
+) -> set[str]:
     """Replace every quantized projection; return the names of the tensors used."""
     from torch import nn
 
     used: set[str] = set()
-    for name, module in list(model.named_modules()):
+    for place, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
+        name = stored(place)
         scaled = f"{name}.weight_scale" in tensors
         layer = quantization.of(name)
         if scaled != (layer is not None):
             said, found = ("quantized", "no") if not scaled else ("excluded", "a")
             raise ModelError(f"{name} is said to be {said}, but there is {found} weight scale")
         if layer is not None:
-            parent, _, child = name.rpartition(".")
+            parent, _, child = place.rpartition(".")
             replacement = _deployed(module, name, tensors, layer.algorithm)
             setattr(model.get_submodule(parent), child, replacement)
             used |= {f"{name}.{part}" for part in ("weight", "bias", *_SCALES)} & set(tensors)
@@ -134,9 +154,15 @@ def _deployed(module: "nn.Linear", name: str, tensors: Tensors, algorithm: str) 
     for part in _SCALES:
         if part in parts and not bool(((parts[part] > 0) & parts[part].isfinite()).all()):
             raise ModelError(f"{name}.{part} is not a positive number everywhere")
-    rounds = {"FP8": arithmetic.fp8_input, "W8A8_SQ_PER_CHANNEL": arithmetic.int8_input}
-    round_input = None
-    if algorithm in rounds:
+    rounds = {
+        "FP8": arithmetic.fp8_input,
+        "W8A8_SQ_PER_CHANNEL": arithmetic.int8_input,
+        "W4A8_AWQ": arithmetic.fp8_input,
+    }
+    round_input: Callable[[Tensor], Tensor] | None = None
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        round_input = arithmetic.fp8_token_input
+    elif algorithm in rounds:
         if "input_scale" not in parts:
             raise ModelError(f"tensor {name}.input_scale is missing")
         round_input = partial(rounds[algorithm], scale=parts["input_scale"])
@@ -148,30 +174,47 @@ def _deployed(module: "nn.Linear", name: str, tensors: Tensors, algorithm: str) 
     )
 
 
-def _place_plain(model: Any, tensors: Tensors, left: set[str], directory: Path) -> None:
+def _place_plain(
+    model: Any, tensors: Tensors, left: set[str], stored: Callable[[str], str], directory: Path
+) -> None:
     """Fill every other parameter from the tensors named ``left``; each is used once."""
-    import torch
     from torch import nn
 
     tied = bool(model.config.tie_word_embeddings)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = map(stored, _tables(model))
+    places = {
+        stored(place): (place, empty)
+        for place, empty in model.named_parameters(remove_duplicate=False)
+    }
     if tied and head not in left:
-        parameters.pop(head, None)
-    if missing := sorted(set(parameters) - left):
+        places.pop(head, None)
+    if missing := sorted(set(places) - left):
         raise ModelError(f"{directory}: tensor {missing[0]} is missing")
-    if extra := sorted(left - set(parameters)):
+    if extra := sorted(left - set(places)):
         raise ModelError(f"{directory}: tensor {extra[0]} belongs to no part of the model")
-    for name, empty in parameters.items():
+    for name, (place, empty) in places.items():
         tensor = tensors[name]
         if tensor.shape != empty.shape or not tensor.is_floating_point():
             raise ModelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not as configured")
-        owner, _, attribute = name.rpartition(".")
+        owner, _, attribute = place.rpartition(".")
         value = nn.Parameter(tensor.float(), requires_grad=False)
         setattr(model.get_submodule(owner), attribute, value)
-    if not tied:
-        return
-    if head in left and not torch.equal(tensors[head], tensors[embedding]):
+    if tied:
+        _tie(model, tensors, (head, embedding) if head in left else None, directory)
+
+
+def _tables(model: Any) -> tuple[str, str]:
+    """Names of the head's weight and of the embedding's."""
+    names = {module: name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return f"{names[head]}.weight", f"{names[embedding]}.weight"
+
+
+def _tie(model: Any, tensors: Tensors, both: tuple[str, str] | None, directory: Path) -> None:
+    """Let head and embedding be one; ``both`` are their names where the files hold both."""
+    import torch
+
+    if both is not None and not torch.equal(*(tensors[name] for name in both)):
         raise ModelError(
             f"{directory}: the head is said to be tied, but differs from the embedding"
         )

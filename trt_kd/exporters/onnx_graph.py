@@ -34,9 +34,32 @@ def opset(path: Path) -> int:
 
 
 def norm_epsilons(path: Path) -> set[float]:
-    """Every epsilon of the graph's RMS norms."""
-    nodes = (node for node in _graph(path).node if node.op_type in _NORMS)
-    return {a.f for node in nodes for a in node.attribute if a.name == "epsilon"}
+    """Every epsilon of the graph's RMS norms, also of those written out in simple operators."""
+    graph = _graph(path)
+    nodes = (node for node in graph.node if node.op_type in _NORMS)
+    found = {a.f for node in nodes for a in node.attribute if a.name == "epsilon"}
+    return found | _written_out_epsilons(graph, path)
+
+
+def _written_out_epsilons(graph: Any, path: Path) -> set[float]:
+    """Constants that are added right before a square root."""
+    onnx = require("onnx", extra="onnx")
+    written = (node for node in graph.node if node.op_type == "Constant")
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {n.output[0]: a.t for n in written for a in n.attribute if a.name == "value"}
+    made_by = {name: node for node in graph.node for name in node.output}
+    sums = (made_by.get(node.input[0]) for node in graph.node if node.op_type == "Sqrt")
+    names = [
+        name
+        for node in sums
+        if node is not None and node.op_type == "Add"
+        for name in node.input
+        if name in constants
+    ]
+    return {
+        float(onnx.numpy_helper.to_array(constants[name], base_dir=str(path.parent)).item())
+        for name in names
+    }
 
 
 def rope_cosines(path: Path, positions: Sequence[int]) -> "np.ndarray | None":

@@ -33,7 +33,6 @@ class TensorrtRtx(Exporter):
 
     kind: Literal["tensorrt-rtx"] = "tensorrt-rtx"
     backend: ClassVar[str] = "onnxruntime"
-    executed: ClassVar[bool] = False
 
     precision: Precision = "fp16"
     """Type of weights, activations and cache."""
@@ -61,6 +60,11 @@ class TensorrtRtx(Exporter):
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             raise ValueError("compute_capabilities name one twice")
         return self
+
+    @property
+    def executed(self) -> bool:
+        """See the base class."""
+        return False
 
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
         """See the base class."""

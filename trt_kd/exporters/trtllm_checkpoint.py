@@ -119,11 +119,13 @@ class TrtllmCheckpoint(Exporter):
         (out / "config.json").write_text(text, encoding="utf-8")
         self._write_weights(source, out, written)
         keep_companions(source.path, out)
+        from trt_kd.exporters.hf_unified_files import weight_share_by_bits
         from trt_kd.exporters.trtllm_check import low_bit_share
 
         return {
             **told,
             "ranks": self.ranks.world,
+            "weight_share_by_bits": weight_share_by_bits(out),
             "realised_low_bit_share": low_bit_share(out),
         }
 

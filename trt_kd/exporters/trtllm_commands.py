@@ -17,9 +17,10 @@ _DEFAULT_NUM_TOKENS = 8192
 _BATCH, _LONGEST = 64, 8192
 SERVED = (
     *(None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_AWQ", "W4A8_AWQ"),
-    "MIXED_PRECISION",
+    *("fp8_pb_wo", "MIXED_PRECISION"),
 )
-"""Algorithms that the PyTorch backend documents; others load in an engine or elsewhere."""
+"""Algorithms that the PyTorch backend documents; others load in an engine or elsewhere. It takes
+``fp8_pb_wo``, Model Optimizer's name, for its own ``FP8_BLOCK_SCALES``."""
 
 
 @dataclass(frozen=True)

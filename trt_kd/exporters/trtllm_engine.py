@@ -45,7 +45,6 @@ class TrtllmEngine(Exporter):
 
     kind: Literal["trtllm-engine"] = "trtllm-engine"
     backend: ClassVar[str] = "trtllm-checkpoint"
-    executed: ClassVar[bool] = False
 
     tensor_parallel: PositiveInt = 1
     """GPUs that share every layer."""
@@ -72,6 +71,11 @@ class TrtllmEngine(Exporter):
             pipeline_parallel=self.pipeline_parallel,
             dtype=self.dtype,
         )
+
+    @property
+    def executed(self) -> bool:
+        """See the base class."""
+        return False
 
     def check(self, shape: ModelShape, source_kind: Kind) -> list[str]:
         """See the base class."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trt_kd.artifacts import Artifact
-from trt_kd.backends import BACKENDS
 from trt_kd.errors import ModelError, VerificationError
 from trt_kd.exporters.base import Exporter
 from trt_kd.exporters.comparison import Difference, compare, logits_of
@@ -62,9 +61,8 @@ def verify(
             logits are further away than the lane allows.
     """
     check_files(lane, source, out)
-    backend = BACKENDS.load(lane.backend).model_validate({"kind": lane.backend})
     try:
-        with backend.load(out) as session:
+        with lane.reader().load(out) as session:
             written = (session.logits(block[None]) for block in blocks_NL)
             difference = compare(reference, written)
     except (ModelError, ValueError) as error:

@@ -21,6 +21,9 @@ class QuantizationFormat(Plugin, ABC):
     weight_bits: ClassVar[float]
     """Bits of a weight, scales not counted; 16 where the format chooses for every layer."""
 
+    trainable: ClassVar[bool] = True
+    """Whether the scales of its weights can be taken anew from trained ones."""
+
     kv_cache: Literal["none", "fp8"] = "none"
     """Key-value cache in the model's own type, or in FP8 E4M3 with one static scale for the keys
     and one for the values of a layer, which come from the calibration text."""
@@ -78,11 +81,12 @@ class QuantizationFormat(Plugin, ABC):
 
 def in_features(shape: ModelShape) -> dict[str, int]:
     """Input width of every kind of quantized projection."""
-    return {
+    found = {
         "q_proj, k_proj, v_proj, gate_proj, up_proj": shape.hidden,
         "o_proj": shape.heads * shape.head_dim,
         "down_proj": shape.ffn,
     }
+    return found | ({"the experts' down_proj": shape.expert_ffn} if shape.experts else {})
 
 
 def alignment_problems(shape: ModelShape, multiple: int, *, why: str) -> list[str]:

@@ -52,6 +52,8 @@ class Mixed(QuantizationFormat):
             raise ValueError(f"a format stands twice in {names}")
         if unfit := [member.kind for member in formats if member.weight_bits >= 16]:
             raise ValueError(f"{unfit[0]} is no format of one layer: name plain formats")
+        if odd := [member.kind for member in formats if not member.trainable]:
+            raise ValueError(f"{odd[0]} is not searched among others: quantize the model in it")
         if any(member.kv_cache != "none" for member in formats):
             raise ValueError("the cache has one format in all layers: set kv_cache of mixed itself")
         return formats

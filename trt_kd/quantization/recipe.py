@@ -44,6 +44,7 @@ class Recipe(QuantizationFormat):
     export_kl_limit_nats: ClassVar[float] = 0.02
     weight_error_limit: ClassVar[float | None] = None
     weight_bits: ClassVar[float] = 16.0
+    trainable: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

@@ -94,7 +94,14 @@ def _changed_weights(model: "PreTrainedModel", source: Path) -> dict[str, "Tenso
                 weight = unseen.pop(name).detach()
                 if not torch.equal(weight, file.get_tensor(name).to(weight)):
                     changed[name] = weight.contiguous()
-    return changed | {name: weight.detach().contiguous() for name, weight in unseen.items()}
+    if not unseen:
+        return changed
+    stored = dict(load_model(source).named_parameters())  # experts have other names in the files
+    for name, parameter in unseen.items():
+        weight = parameter.detach()
+        if name not in stored or not torch.equal(weight, stored[name].detach().to(weight)):
+            changed[name] = weight.contiguous()
+    return changed
 
 
 def format_of(artifact: Artifact) -> QuantizationFormat:

@@ -8,13 +8,14 @@ from pydantic import PositiveInt
 from typing_extensions import Self
 
 from trt_kd.architectures.shape import read_shape
-from trt_kd.artifacts import Artifact, claim_work, work_directory, work_key, writing
+from trt_kd.artifacts import Artifact, Draft, claim_work, work_directory, work_key, writing
 from trt_kd.checkpoints import load_tokenizer
 from trt_kd.config import StageConfig, plugin_field
 from trt_kd.data.base import DataConfig, token_blocks
 from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.base import Exporter
+from trt_kd.exporters.card import CARD, export_card
 
 PROVEN = (
     "logits_kl_nats",
@@ -84,6 +85,7 @@ def export(config: ExportConfig, *, source: Artifact, out: Path) -> Artifact:
             "weight_bytes": weight_bytes(draft.path),
             "seconds": perf_counter() - start,
         }
+        _write_card(lane, source, draft)
     return Artifact.open(out, expect="export")
 
 
@@ -106,7 +108,13 @@ def _export_on(basis: Exporter, config: ExportConfig, source: Artifact, out: Pat
             "weight_bytes": weight_bytes(draft.path),
             "seconds": perf_counter() - start,
         }
+        _write_card(lane, source, draft)
     return Artifact.open(out, expect="export")
+
+
+def _write_card(lane: Exporter, source: Artifact, draft: Draft) -> None:
+    text = export_card(lane, source, draft.metrics)
+    (draft.path / CARD).write_text(text, encoding="utf-8")
 
 
 def weight_bytes(directory: Path) -> int:

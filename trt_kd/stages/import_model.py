@@ -134,6 +134,8 @@ def import_model(config: ImportConfig, *, out: Path) -> Artifact:
     Raises:
         ModelError: if it is missing, damaged, unsupported or of other sizes than expected.
     """
+    from trt_kd.reporting.model_card import licence_of
+
     path = _located(config)
     with writing(out, kind="checkpoint", config=config, inputs={}) as draft:
         if path.suffix == ".gguf":
@@ -155,6 +157,8 @@ def import_model(config: ImportConfig, *, out: Path) -> Artifact:
         draft.metrics["parameters_by_part"] = dict(shape.parts())
         if path.suffix == ".gguf":
             draft.metrics["license"] = read_gguf_header(path).metadata.get("general.license")
+        elif licence := licence_of(path):
+            draft.metrics["license"] = licence
     return Artifact.open(out, expect="checkpoint")
 
 

@@ -30,8 +30,11 @@ _ALONE = ("features", "features_if", "exits", "balance", "on_policy", "two_tasks
 
 def option_problem(config: DistillConfig, quantization: QuantizationFormat) -> str | None:
     """Why a model in ``quantization`` is not trained with these settings; None if it is."""
-    if quantization.kind == "recipe":
-        return "the scales of a recipe cannot follow the weights: choose a plain format or mixed"
+    if not quantization.trainable:
+        return (
+            f"the scales of {quantization.kind} cannot follow the weights: choose another format, "
+            "such as fp8, int4_awq or mixed"
+        )
     for name in _ALONE:
         if getattr(config, name):
             return f"{name} has no place in a quantized model: leave it out"
