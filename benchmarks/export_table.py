@@ -7,21 +7,23 @@ missing. A lane that refuses the model, is not registered or lacks its package i
 reason. Prints a Markdown table, then one line of JSON.
 
 KL and the largest logit difference are those of the export to what it was made from, on held-out
-text; `quantization KL` is what the quantization before it cost. Realised precision is the share of
-the matrix weights by bits, counted in the files written. For `onnx-fp32` the greedy tokens of ONNX
-Runtime, its cache carried and prompts padded on the left, are compared with stock transformers',
-which continues all prompts in one batch; both are kept in the work folder, group by group.
+text; `quantization KL` is what the quantization before it cost. `onnx-qdq` are the graphs of
+quantized sources, as QuantizeLinear and DequantizeLinear. Realised precision is the share of the
+matrix weights by bits, counted in the files written, scales left out. `KL to itself` is that of the
+simulated quantized model to itself with noise of a millionth on its embedding: what the rounding of
+inputs makes of a last bit, and no export can be nearer. For `onnx-fp32` the greedy
+tokens of ONNX Runtime, its cache carried and prompts padded on the left, are compared with stock
+transformers', which continues all prompts in one batch; both are kept in the work folder, group by
+group.
 """
 
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial
 from hashlib import sha256
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,17 @@ from trt_kd.config import validate
 from trt_kd.data.base import DataConfig, token_blocks
 from trt_kd.errors import ArtifactError, TrtKdError
 from trt_kd.exporters import EXPORTERS
-from trt_kd.exporters.hf_unified_files import open_tensors
+from trt_kd.exporters.comparison import compare, logits_of
+from trt_kd.exporters.verification import load_source
 from trt_kd.stages.export import ExportConfig, export
 from trt_kd.stages.quantize import QuantizeConfig, quantize
 
 FP8, INT8_SQ = {"kind": "fp8"}, {"kind": "int8_smoothquant"}
+INT4_AWQ = {"kind": "int4_awq", "block_size": 64}
 ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "hf-unified-fp8": (FP8, {"kind": "hf-unified"}),
     "hf-unified-int8-sq": (INT8_SQ, {"kind": "hf-unified"}),
-    "hf-unified-int4-awq": ({"kind": "int4_awq", "block_size": 64}, {"kind": "hf-unified"}),
+    "hf-unified-int4-awq": (INT4_AWQ, {"kind": "hf-unified"}),
     **{
         f"trtllm-checkpoint-{name}-tp{ranks}": (
             quantization,
@@ -53,17 +57,20 @@ ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         for ranks in (1, 2, 3)
     },
     "onnx-fp32": (None, {"kind": "onnx", "precision": "fp32"}),
+    "onnx-qdq-fp8": (FP8, {"kind": "onnx"}),
+    "onnx-qdq-int8-sq": (INT8_SQ, {"kind": "onnx"}),
+    "onnx-qdq-int4-awq": (INT4_AWQ, {"kind": "onnx"}),
     "tensorrt-rtx-fp16": (None, {"kind": "tensorrt-rtx", "precision": "fp16"}),
     "ort-genai-int4": (None, {"kind": "ort-genai", "precision": "int4"}),
     "ort-genai-fp32": (None, {"kind": "ort-genai", "precision": "fp32"}),
 }
 """Quantization before the export, if any, and the lane, by the name of the row."""
-BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 4}
-"""Bits of a weight by its type in a safetensors header; bytes hold two 4-bit codes."""
 COLUMNS = (
     "| Export | Seconds | Bytes | KL (nats/token) | Largest logit difference | Quantization KL "
-    "| Realised precision |\n|:--|--:|--:|--:|--:|--:|:--|"
+    "| KL to itself | Realised precision |\n|:--|--:|--:|--:|--:|--:|--:|:--|"
 )
+MOVED = 1e-6
+"""Relative size of the noise on the embedding under which a quantized model is held to itself."""
 BATCHES = (1, 4)
 
 
@@ -130,7 +137,8 @@ def row(
         made = opened(out) or export(config, source=source, out=out)
     except TrtKdError as error:
         return {"name": name, "refused": str(error).replace("\n", " ")}
-    return {"name": name, **numbers(made, source)}
+    noise = own_noise(source, given, data) if quantization is not None else None
+    return {"name": name, **numbers(made, source), "kl_to_itself_nats": noise}
 
 
 def opened(out: Path) -> Artifact | None:
@@ -150,6 +158,30 @@ def quantized(
     return opened(out) or quantize(config, source=student, out=out)
 
 
+def own_noise(source: Artifact, given: argparse.Namespace, data: DataConfig) -> float:
+    """Mean KL per token of a quantized model to itself with its embedding moved a little.
+
+    Kept in the work folder beside the artifact.
+    """
+    import torch
+
+    blocks_NL = token_blocks(
+        data, load_tokenizer(source.path), split="heldout", count=given.blocks, seed=0
+    )
+
+    def measured(_: Path) -> dict[str, Any]:
+        model = load_source(source)
+        before = list(logits_of(model, blocks_NL))
+        weight = model.get_input_embeddings().weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            weight.mul_(1 + MOVED * noise)
+        return {"kl_nats": compare(before, logits_of(model, blocks_NL)).kl_nats}
+
+    work = given.work / f"noise-{source.key[:12]}-{given.blocks}"
+    return float(piece(work, measured)["kl_nats"])
+
+
 def numbers(made: Artifact, source: Artifact) -> dict[str, Any]:
     """What the table shows of an export, and all that its manifest records."""
     metrics = made.metrics
@@ -159,22 +191,9 @@ def numbers(made: Artifact, source: Artifact) -> dict[str, Any]:
         "logits_kl_nats": metrics["logits_kl_nats"],
         "logits_max_abs": metrics["logits_max_abs"],
         "quantization_kl_nats": source.metrics.get("kl_to_source_nats"),
-        "weight_share_by_bits": metrics.get("weight_share_by_bits") or share_by_bits(made.path),
+        "weight_share_by_bits": metrics["weight_share_by_bits"],
         "metrics": metrics,
     }
-
-
-def share_by_bits(directory: Path) -> dict[str, float]:
-    """Share of the matrix weights by the bits they are stored in, from the files' headers."""
-    counts: Counter[int] = Counter()
-    for path in sorted(directory.glob("*.safetensors")):  # ranks have the same names
-        with open_tensors(directory, only=path.name) as tensors:
-            for name in tensors:
-                dtype, dims = tensors.header(name)
-                if len(dims) >= 2 and dtype in BITS:
-                    counts[BITS[dtype]] += prod(dims) * (2 if dtype == "U8" else 1)
-    total = sum(counts.values())
-    return {str(bits): count / total for bits, count in sorted(counts.items())}
 
 
 def greedy_agreement(
@@ -261,11 +280,14 @@ def table(rows: list[dict[str, Any]], greedy: dict[str, Any] | None) -> str:
             continue
         shares = entry["weight_share_by_bits"].items()
         precision = ", ".join(f"{share:.1%} in {bits} bits" for bits, share in shares)
-        lost = entry["quantization_kl_nats"]
+        lost, noise = (
+            "-" if entry[key] is None else format(entry[key], ".2g")
+            for key in ("quantization_kl_nats", "kl_to_itself_nats")
+        )
         lines.append(
             f"| {entry['name']} | {entry['seconds']:.1f} | {entry['weight_bytes']:,} "
             f"| {entry['logits_kl_nats']:.2g} | {entry['logits_max_abs']:.2g} "
-            f"| {'-' if lost is None else format(lost, '.2g')} | {precision} |"
+            f"| {lost} | {noise} | {precision} |"
         )
     refused = [entry for entry in rows if "refused" in entry]
     lines += ["", *(f"- {entry['name']}: {entry['refused']}" for entry in refused)]

@@ -43,6 +43,8 @@ def test_rows_are_made_once_and_say_what_was_written(run, script, tmp_path, monk
     assert rows["hf-unified-fp8"]["weight_share_by_bits"]["8"] > 0.6
     assert rows["hf-unified-int4-awq"]["weight_share_by_bits"]["4"] > 0.6
     assert rows["hf-unified-fp8"]["quantization_kl_nats"] > 0
+    assert 0 <= rows["hf-unified-fp8"]["kl_to_itself_nats"] < 0.1
+    assert rows["onnx-fp32"]["kl_to_itself_nats"] is None
     assert rows["onnx-fp32"]["weight_share_by_bits"] == {"32": 1.0}
     assert rows["onnx-fp32"]["logits_kl_nats"] < 1e-8
     tokens = {"prompts": 3, "tokens": 8, "equal_at_batch_1": 3, "equal_at_batch_4": 3}
@@ -121,6 +123,7 @@ def test_the_rows_are_the_promised_ones(script):
     names = set(script.ROWS)
     assert {"hf-unified-fp8", "hf-unified-int8-sq", "hf-unified-int4-awq"} < names
     assert {f"trtllm-checkpoint-fp8-tp{ranks}" for ranks in (1, 2, 3)} < names
+    assert {"onnx-qdq-fp8", "onnx-qdq-int8-sq", "onnx-qdq-int4-awq"} < names
     assert {"onnx-fp32", "tensorrt-rtx-fp16", "ort-genai-int4", "ort-genai-fp32"} < names
 
 
