@@ -50,7 +50,7 @@ def test_every_command_has_help(trt_kd, command):
     assert "Usage" in done.stdout
 
 
-def test_examples_stand_in_the_help_as_one_would_type_them():
+def test_examples_stand_in_the_help_as_one_would_type_them(trt_kd):
     told = [line.strip() for line in trt_kd("prune", "--help").stdout.splitlines()]
     what_fits = "trt-kd prune --dry-run --source DIR 'axes=[ffn, depth]' budget.params=80%"
     assert f"What fits: {what_fits}" in told
