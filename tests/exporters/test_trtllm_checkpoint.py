@@ -152,7 +152,7 @@ def test_nine_heads_and_three_key_value_heads_take_one_and_three_ranks(teacher):
     (problem,) = TrtllmCheckpoint(tensor_parallel=2).check(shape, "checkpoint")
     assert problem == (
         "tensor_parallel 2: 9 query heads do not split evenly; 3 key-value heads neither split "
-        "evenly nor copy evenly; legal: 1, 3"
+        "evenly nor copy evenly; legal: 1, 3, 9"
     )
     (problem,) = TrtllmCheckpoint(pipeline_parallel=4).check(shape, "checkpoint")
     assert problem.endswith("30 layers do not split evenly; legal: 1, 2, 3, 5, 6, 10, 15, 30")

@@ -50,7 +50,8 @@ def problems(
 ) -> list[str]:
     """What speaks against ``out`` being ``source`` as ``promised``; empty if nothing does.
 
-    ``promised`` holds dtype, quant_algo, kv_cache_quant_algo, group_size, tp_size and pp_size.
+    ``promised`` holds dtype, quant_algo, kv_cache_quant_algo, group_size, tp_size, pp_size and
+    intermediate_size: channels of the MLP beyond the source's must be zeros.
     Weights that are not quantized must be the source's in that dtype; the others within
     ``weight_error_limit``, in relative Frobenius norm, smoothing applied to both.
     """
@@ -96,6 +97,7 @@ def _promise_problems(layout: Layout, promised: Mapping[str, Any]) -> list[str]:
         "group_size": layout.block,
         "tp_size": layout.tp,
         "pp_size": layout.pp,
+        "intermediate_size": layout["intermediate_size"],
     }
     return [
         f"config.json: {key} is {found[key]!r}, asked for was {value!r}"
@@ -121,7 +123,7 @@ def _config_problems(layout: Layout, source: Path) -> list[str]:
     found = [
         f"config.json stands for {key} {actual[key]!r}, source {expected.get(key)!r}"
         for key in sorted(actual)
-        if key != "rope_parameters" and actual[key] != expected.get(key)
+        if key not in ("rope_parameters", "intermediate_size") and actual[key] != expected.get(key)
     ]
     rope, right = actual["rope_parameters"], expected["rope_parameters"]
     found += [
@@ -175,7 +177,7 @@ def _projection_problems(
         expected = _stored(layout, weights[f"{name}.bias"])
         if not bool((projection.bias == expected).all()):
             found.append(f"{name}.bias differs from the source")
-    expected = weights[f"{name}.weight"].float()
+    expected = _grown(weights[f"{name}.weight"].float(), projection.weight.shape)
     if layout.algorithm is None:
         if not bool((projection.weight == _stored(layout, expected)).all()):
             found.append(f"{name}.weight is not quantized, but differs from the source")
@@ -187,6 +189,14 @@ def _projection_problems(
     elif limit is not None:
         found += _weight_problems(projection, expected, limit, by_row=layout.algorithm != "FP8")
     return found + _input_problems(layout, projection, calibrated)
+
+
+def _grown(tensor: "Tensor", shape: tuple[int, ...]) -> "Tensor":
+    """``tensor`` with zeros at its ends up to ``shape``: what added channels must be."""
+    from torch.nn import functional as F
+
+    more = [after - before for before, after in zip(tensor.shape, shape, strict=True)]
+    return F.pad(tensor, [size for extra in reversed(more) for size in (0, extra)])
 
 
 def _weight_problems(
@@ -245,7 +255,8 @@ def _input_problems(
 def _seen_input(name: str, projection: Projection, calibrated: Mapping[str, "Tensor"]) -> float:
     raw = f"{name}.input_quantizer._amax_for_smoothing"
     if projection.smoothing is not None and raw in calibrated:
-        return float((calibrated[raw].float().reshape(-1) * projection.smoothing).max())
+        seen_I = _grown(calibrated[raw].float().reshape(-1), projection.smoothing.shape)
+        return float((seen_I * projection.smoothing).max())
     return float(calibrated[f"{name}.input_quantizer._amax"].float().max())
 
 

@@ -27,6 +27,7 @@ from trt_kd.exporters.trtllm_layout import (
     block_problems,
     checkpoint_config,
     config_problems,
+    padded_ffn,
     rank_problems,
     shape_problems,
 )
@@ -104,7 +105,7 @@ class TrtllmCheckpoint(Exporter):
         if found := self.check_source(source):
             raise ModelError(f"{source.path} cannot go to {self.kind}: {found[0]}")
         config = portable_config(read_json(source.path / "config.json"))
-        shape = read_shape(source.path)
+        shape, channels = read_shape(source.path), self._channels(source)
         told = _told(source)
         quantization: dict[str, Any] = dict(told)
         if told["quant_algo"]:
@@ -113,7 +114,11 @@ class TrtllmCheckpoint(Exporter):
             quantization |= {"has_zero_point": False, "pre_quant_scale": True}
         dtype = self.dtype_of(source)
         written = checkpoint_config(
-            config, shape, self.ranks, dtype=dtype, quantization=quantization
+            config,
+            shape.with_sizes(ffn=channels),
+            self.ranks,
+            dtype=dtype,
+            quantization=quantization,
         )
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (out / "config.json").write_text(text, encoding="utf-8")
@@ -125,32 +130,40 @@ class TrtllmCheckpoint(Exporter):
         return {
             **told,
             "ranks": self.ranks.world,
+            "mlp_channels_added": channels - shape.ffn,
             "weight_share_by_bits": weight_share_by_bits(out),
             "realised_low_bit_share": low_bit_share(out),
         }
+
+    def _channels(self, source: Artifact) -> int:
+        """MLP channels of the checkpoint."""
+        low_bit, block = source.manifest.kind == "quantized", _told(source).get("group_size")
+        return padded_ffn(read_shape(source.path), self.ranks, low_bit=low_bit, block=block)
 
     def _write_weights(self, source: Artifact, out: Path, written: dict[str, Any]) -> None:
         import torch
 
         from trt_kd.exporters.hf_unified_files import open_tensors
+        from trt_kd.exporters.trtllm_padding import PaddedMlp
         from trt_kd.exporters.trtllm_writer import Source, write_ranks
         from trt_kd.quantization.storage import QUANTIZERS
 
-        quantization = written["quantization"]
+        quantization, shape = written["quantization"], read_shape(source.path)
+        more = written["intermediate_size"] - shape.ffn
         with ExitStack() as stack:
             weights = stack.enter_context(open_tensors(source.path, leave_out=QUANTIZERS))
             calibrated: Mapping[str, Tensor] = {}
             if quantization["quant_algo"]:
                 calibrated = stack.enter_context(open_tensors(source.path, only=QUANTIZERS))
             place = Source(
-                shape=read_shape(source.path),
+                shape=shape.with_sizes(ffn=written["intermediate_size"]),
                 ranks=self.ranks,
                 dtype=getattr(torch, written["dtype"]),
                 algorithm=quantization["quant_algo"],
                 block=quantization.get("group_size"),
                 kv_cache=quantization["kv_cache_quant_algo"] is not None,
-                weights=weights,
-                quantizers=calibrated,
+                weights=PaddedMlp(weights, shape.ffn, more),
+                quantizers=PaddedMlp(calibrated, shape.ffn, more),
             )
             write_ranks(place, out)
 
@@ -167,6 +180,7 @@ class TrtllmCheckpoint(Exporter):
             **_told(source),
             "tp_size": self.tensor_parallel,
             "pp_size": self.pipeline_parallel,
+            "intermediate_size": self._channels(source),
         }
         return problems(source, out, promised, limit)
 

@@ -108,16 +108,20 @@ def _split_reasons(shape: ModelShape, tp: int, *, low_bit: bool) -> list[str]:
         reasons.append(f"{shape.heads} query heads do not split evenly")
     if shape.kv_heads % tp and tp % shape.kv_heads:
         reasons.append(f"{shape.kv_heads} key-value heads neither split evenly nor copy evenly")
-    if shape.ffn % tp:
-        reasons.append(f"{shape.ffn} MLP channels do not split evenly")
-    if low_bit and not reasons:
-        widths = {"attention": shape.heads * shape.head_dim // tp, "MLP": shape.ffn // tp}
-        reasons += [
-            f"{width} {name} channels a rank are no multiple of {LOW_BIT_MULTIPLE}"
-            for name, width in widths.items()
-            if width % LOW_BIT_MULTIPLE
-        ]
+    width = shape.heads * shape.head_dim // tp
+    if low_bit and not reasons and width % LOW_BIT_MULTIPLE:
+        reasons.append(f"{width} attention channels a rank are no multiple of {LOW_BIT_MULTIPLE}")
     return reasons
+
+
+def padded_ffn(shape: ModelShape, ranks: Ranks, *, low_bit: bool, block: int | None) -> int:
+    """MLP channels of the checkpoint: with channels of zeros where ranks could not share them.
+
+    Such a channel adds nothing. ``block`` are the inputs that share a scale in INT4.
+    """
+    step = ranks.tp * (max(INT4_TILE, block) if block else LOW_BIT_MULTIPLE)
+    whole = shape.ffn % (step if low_bit else ranks.tp) == 0
+    return shape.ffn if whole else ceil(shape.ffn / step) * step
 
 
 def block_problems(shape: ModelShape, ranks: Ranks, block: int) -> list[str]:
@@ -133,11 +137,10 @@ def _block_reasons(shape: ModelShape, block: int, tp: int) -> list[str]:
     if reasons := _split_reasons(shape, tp, low_bit=True):
         return reasons
     ranks = Ranks(tp, 1)
-    query, ffn = shape.heads * shape.head_dim // tp, shape.ffn // tp
-    widths = {"attention inputs": shape.hidden, "attention": query, "MLP": ffn}
+    query = shape.heads * shape.head_dim // tp
+    widths = {"attention inputs": shape.hidden, "attention": query}
     rows = {
         "query, key and value": query + 2 * ranks.kv_heads(shape) * shape.head_dim,
-        "MLP": ffn,
         "hidden": shape.hidden,
     }
     return [
