@@ -136,9 +136,16 @@ def row(
         out = given.work / name
         made = opened(out) or export(config, source=source, out=out)
     except TrtKdError as error:
-        return {"name": name, "refused": str(error).replace("\n", " ")}
+        return {"name": name, "refused": without_places(str(error), given)}
     noise = own_noise(source, given, data) if quantization is not None else None
     return {"name": name, **numbers(made, source), "kl_to_itself_nats": noise}
+
+
+def without_places(text: str, given: argparse.Namespace) -> str:
+    """``text`` in one line, folders of this machine by their names alone."""
+    for place in (given.student, given.work):
+        text = text.replace(f"{place}", place.name)
+    return " ".join(text.split())
 
 
 def opened(out: Path) -> Artifact | None:

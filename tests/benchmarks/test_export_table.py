@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "export_table.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "export_table.py"
+RECORD = ROOT / "benchmarks" / "results" / "export_table.json"
 ROWS = ["hf-unified-fp8", "hf-unified-int4-awq", "trtllm-checkpoint-bf16-tp2", "onnx-fp32"]
 
 
@@ -119,6 +121,14 @@ def test_a_lane_that_is_not_there_or_refuses_is_a_row_with_its_reason(run, scrip
     assert "- nobody: the lane no-such-lane" in printed
 
 
+def test_a_refusal_names_no_folder_of_the_machine(run, teacher, tmp_path):
+    result, printed = run("--only", "trtllm-checkpoint-bf16-tp3")
+    (row,) = result["rows"]
+    assert "tensor_parallel 3: 4 query heads do not split evenly" in row["refused"]
+    for place in (teacher.path.parent, tmp_path):
+        assert str(place) not in printed
+
+
 def test_the_rows_are_the_promised_ones(script):
     names = set(script.ROWS)
     assert {"hf-unified-fp8", "hf-unified-int8-sq", "hf-unified-int4-awq"} < names
@@ -130,3 +140,14 @@ def test_the_rows_are_the_promised_ones(script):
 def test_what_is_no_checkpoint_is_an_error_of_two_lines(script, tmp_path, capsys):
     assert script.main(["--student", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_page_shows_the_record(script):
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    numbers = [entry for entry in record["rows"] if "refused" not in entry]
+    page = (ROOT / "docs" / "lanes.md").read_text(encoding="utf-8")
+    assert script.table(numbers, record["greedy"]) in page, script.table(numbers, record["greedy"])
+    assert {entry["name"] for entry in record["rows"]} == set(script.ROWS)
+    assert {entry["name"] for entry in record["rows"] if "refused" in entry} == {
+        f"trtllm-checkpoint-{name}-tp2" for name in ("bf16", "fp8", "int8-sq")
+    }
