@@ -224,8 +224,13 @@ def rows(artifact, name):
     return [{n: v for n, v in json.loads(line).items() if "seconds" not in n} for line in lines]
 
 
-def assert_same_training(one, other, logs=("history", "monitors")):
-    torch.testing.assert_close(weights(one), weights(other), **TOLERANCE)
+def assert_same_training(one, other, logs=("history", "monitors"), flips=0.0):
+    """``flips``: share of weights that may differ, as rounding turns the sign of their gradient."""
+    found, expected = weights(one), weights(other)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        off = ~torch.isclose(found[name], weight, **TOLERANCE)
+        assert off.double().mean() <= flips, name
     for log in logs:
         for row, expected in zip(rows(one, log), rows(other, log), strict=True):
             assert row == pytest.approx(expected, rel=1e-4)
@@ -288,7 +293,8 @@ def test_two_processes_leave_early_as_one_does(made):
 
 
 def test_two_processes_hear_a_teacher_with_another_tokenizer_as_one_does(made):
-    assert_same_training(made("cross"), made("cross_alone"))
+    flips = 0.005  # uld is an absolute difference: where two shares are equal it has no slope
+    assert_same_training(made("cross"), made("cross_alone"), flips=flips)
     assert all(row["aligned_share"] > 0 for row in rows(made("cross"), "history"))
 
 

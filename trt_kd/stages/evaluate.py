@@ -21,6 +21,7 @@ from trt_kd.data.base import DataConfig, fingerprint, token_blocks
 from trt_kd.errors import ArtifactError, VerificationError
 from trt_kd.evaluation import TASKS
 from trt_kd.evaluation.vocabulary import check_padding, check_same_tokenizer, context_tokens
+from trt_kd.heap import kept_pages
 from trt_kd.measuring.progress import progress
 from trt_kd.optional import require
 
@@ -100,6 +101,7 @@ def evaluate(config: EvaluateConfig, *, model: Artifact, teacher: Artifact, out:
     backend = backend_for(model)
     with (
         writing(out, kind="evaluation", config=config, inputs=inputs) as draft,
+        kept_pages(),
         backend.load(model.path) as session,
     ):
         scores = _compare(session, model, teacher, blocks, max(1, config.batch_size // 4))

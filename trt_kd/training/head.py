@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trt_kd.losses.base import KDLoss
@@ -148,7 +149,7 @@ def linear_head(model: Any) -> Head:
     return Head(head.weight, getattr(head, "bias", None))
 
 
-def head_loss(
+def head_loss(  # noqa: PLR0913 - a loss of four things, and two ways to find it
     objective: Objective,
     hidden_TD: Tensor,
     head: Head,
@@ -156,6 +157,7 @@ def head_loss(
     *,
     teacher: Callable[[slice], TeacherRows] | None,
     dtype: torch.dtype,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
 
@@ -168,8 +170,9 @@ def head_loss(
         labels: the true next tokens.
         teacher: gives the teacher's logits, or its top k, for a slice of the T tokens.
         dtype: of the matrix products; sums and losses are at least float32.
+        again: keep the gradient for a second backward pass, which else is an error.
     """
-    work = _Work(objective, labels, teacher, dtype)
+    work = _Work(objective, labels, teacher, dtype, again)
     total, task, response = _HeadLoss.apply(hidden_TD, head.weight, head.bias, work)  # type: ignore[no-untyped-call]
     return total, task, response
 
@@ -180,10 +183,11 @@ class _Work:
     labels: Labels
     teacher: Callable[[slice], TeacherRows] | None
     dtype: torch.dtype
+    again: bool
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are found in ``forward``; ``backward`` only scales them."""
+    """Gradients are found in ``forward``; ``backward`` only scales them, at best in place."""
 
     @staticmethod
     def forward(
@@ -192,6 +196,7 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             sums, gradients = _accumulate(hidden_TD, Head(weight_VD, bias_V), work)
         ctx.save_for_backward(*gradients)
+        ctx.again = work.again
         task, response = sums[:-1], sums[-1]
         if work.labels.tasks is None:
             task = task[0]
@@ -201,16 +206,15 @@ class _HeadLoss(torch.autograd.Function):
         return total, task, response
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, total_gradient: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, bias = ctx.saved_tensors
-        return (
-            hidden * total_gradient,
-            weight * total_gradient,
-            None if bias is None else bias * total_gradient,
-            None,
+        scale = torch.mul if ctx.again else Tensor.mul_
+        hidden, weight, bias = (
+            None if one is None else scale(one, total_gradient) for one in ctx.saved_tensors
         )
+        return hidden, weight, bias, None
 
 
 def _accumulate(
@@ -221,7 +225,8 @@ def _accumulate(
     sums = work.labels.task_count + 1
     total = torch.zeros(sums, dtype=_wide(work.dtype), device=hidden_TD.device)
     hidden_gradient_TD = torch.empty_like(hidden_TD)
-    weight_gradient_VD = torch.zeros_like(head.weight)
+    new = torch.empty_like if len(hidden_TD) else torch.zeros_like
+    weight_gradient_VD = new(head.weight)  # the first group fills it
     bias_gradient_V = None if head.bias is None else torch.zeros_like(head.bias)
     row_bytes = len(head.weight) * work.dtype.itemsize
     limit = GROUP_BYTES.get(hidden_TD.device.type, GROUP_BYTES_ELSEWHERE)
@@ -233,7 +238,11 @@ def _accumulate(
         del teacher  # the products below need room
         hidden_gradient_TD[group] = (student_TV @ cast.weight).to(hidden_TD.dtype)
         for part in pieces(len(head.weight), limit // (4 * group_TD[0].nbytes)):
-            weight_gradient_VD[part] += student_TV[:, part].mT @ group_TD
+            product = student_TV[:, part].mT @ group_TD
+            if group.start:
+                weight_gradient_VD[part] += product
+            else:
+                weight_gradient_VD[part] = product
         if bias_gradient_V is not None:
             bias_gradient_V += student_TV.sum(0, dtype=total.dtype)
     return total, (hidden_gradient_TD, weight_gradient_VD, bias_gradient_V)

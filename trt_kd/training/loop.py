@@ -4,7 +4,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from trt_kd.checkpoints import load_tokenizer
+from trt_kd.heap import kept_pages
 from trt_kd.teachers.cache import Cache
 from trt_kd.teachers.cross_tokenizer import Translated
 from trt_kd.teachers.forward import check_linear_head
@@ -36,6 +37,7 @@ from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 from trt_kd.training.several import SeveralTrainer
 from trt_kd.training.sharding import FSDP2, check_sharding, let_accelerate_shard
+from trt_kd.training.tied import rows_into_head
 from trt_kd.training.trainer import CachedTrainer, DistillTrainer, TaskTrainer
 from trt_kd.training.watching import Alarms, Monitor
 
@@ -81,7 +83,7 @@ def train(
     shown: list[TrainerCallback] = [progress, events] if processes.main else []
     checkpoints = work / "checkpoints"
     dtype = torch.bfloat16 if schedule.precision == "bf16" else torch.float32
-    with _quiet(), _environment(schedule), lean(student), blockwise_attention():
+    with _quiet(), _environment(schedule), _sparing(student, alone=processes.count == 1):
         settings: dict[str, Any] = {
             "model": student,
             "args": training_arguments(schedule, checkpoints, processes.count),
@@ -117,6 +119,15 @@ def train(
             events.close()
     alarms.check()
     return log_of(trainer.state.log_history)
+
+
+@contextmanager
+def _sparing(student: PreTrainedModel, *, alone: bool) -> Iterator[None]:
+    """Let a step keep little, and make little of what it does not keep."""
+    pages = nullcontext() if torch.cuda.is_available() else kept_pages()
+    rows = rows_into_head(student) if alone else nullcontext()
+    with pages, lean(student), rows, blockwise_attention():
+        yield
 
 
 def _trainer(teacher: "Targets | None", settings: dict[str, Any], run: Run) -> Any:
