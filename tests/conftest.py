@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,25 @@ def imports():
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_script(root):
+    """Import a script of ``benchmarks/`` by its name."""
+
+    def load_script(name):
+        spec = spec_from_file_location(name, root / "benchmarks" / f"{name}.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def families(load_script):
+    """The script that builds tiny models of every family and tries its axes."""
+    return load_script("families_table")
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,18 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
@@ -15,6 +24,22 @@ from trt_kd.registry import Registry
 
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that becomes a folder's, or a part of it: none leads out of its folder."""
+
+
+def _plain_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("write it as http://HOST:PORT/v1 or https://HOST/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("an address holds no key: name its variable as key_env")
+    return url.rstrip("/")
+
+
+ServerAddress = Annotated[str, Field(exclude=True), AfterValidator(_plain_address)]
+"""Where an OpenAI-compatible API begins: no part of a run's identity or manifest, and no key in
+it."""
+KeyVariable = Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)]
+"""Environment variable that holds a server's key, which is never stored."""
 
 
 class StrictModel(BaseModel):

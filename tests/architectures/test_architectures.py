@@ -3,8 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 from transformers import __version__
@@ -14,16 +12,6 @@ from trt_kd.architectures.base import AXES
 from trt_kd.architectures.shape import ModelShape, shape_from_config
 from trt_kd.errors import ModelError
 from trt_kd.pruning import AXES as REGISTERED
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
-
-
-@pytest.fixture(scope="session")
-def families():
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=ARCHITECTURES.names())

@@ -1,6 +1,5 @@
 """The script makes one artifact a row, goes on where it stopped and ends with JSON."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,17 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "export_table.py"
 RECORD = ROOT / "benchmarks" / "results" / "export_table.json"
 ROWS = ["hf-unified-fp8", "hf-unified-int4-awq", "trtllm-checkpoint-bf16-tp2", "onnx-fp32"]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("export_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("export_table")
 
 
 @pytest.fixture

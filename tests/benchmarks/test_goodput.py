@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "goodput.py"
 RECORDED = ROOT / "tests/backends/data/aiperf_0.13_sweep.json"
 SERVING = ("fastapi", "uvicorn", "openai")
 
@@ -44,11 +43,8 @@ load = str(settings["phases"][-1]["concurrency"])
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("goodput", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("goodput")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The script measures both backends on tiny models, counts, and says what it finds."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,11 +11,8 @@ TINY += ["--input-tokens", "4", "--output-tokens", "6"]
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("harness_overhead", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("harness_overhead")
 
 
 @pytest.fixture

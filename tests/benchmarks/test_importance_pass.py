@@ -1,22 +1,16 @@
 """The script ends with JSON that holds both ratios, and measures each pass apart."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "importance_pass.py"
 TINY = ["--layers", "2", "--hidden", "64", "--ffn", "128", "--heads", "4", "--kv-heads", "2"]
 TINY += ["--vocab", "512", "--blocks", "2", "--block-tokens", "16", "--batch", "1"]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("importance_pass", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("importance_pass")
 
 
 @pytest.fixture

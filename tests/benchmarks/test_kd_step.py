@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +13,14 @@ from trt_kd.measuring.statistics import half_range, median
 from trt_kd.stages.distill import require_modelopt
 
 require_modelopt()
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--layers", "2", "--hidden", "64", "--ffn", "128", "--student-ffn", "96", "--heads", "4"]
 TINY += ["--kv-heads", "2", "--vocab", "512", "--batch", "2", "--block-tokens", "32"]
 TINY += ["--repeats", "2"]
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("kd_step", FOLDER / "kd_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("kd_step")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The script predicts what its table has not seen, and says how far off it was."""
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +10,10 @@ from trt_kd.latency.table import Cell
 from trt_kd.stages.latency import LatencyConfig
 from trt_kd.stages.twins import SOURCE, Stand
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "latency_model.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("latency_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("latency_model")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The script ends with JSON that holds size, loss and speed at every k."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,15 +8,11 @@ from trt_kd.checkpoints import save_model
 from trt_kd.stages.distill import require_modelopt
 
 require_modelopt()
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "logit_cache.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("logit_cache", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("logit_cache")
 
 
 @pytest.fixture(scope="module")

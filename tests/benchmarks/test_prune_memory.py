@@ -1,9 +1,7 @@
 """The script prunes a sharded model in a process of its own and ends with JSON."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,15 +9,10 @@ from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact
 from trt_kd.checkpoints import load_model, load_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "prune_memory.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("prune_memory", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("prune_memory")
 
 
 def test_the_random_model_is_a_sharded_checkpoint_that_loads(script, tmp_path):

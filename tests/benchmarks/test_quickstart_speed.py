@@ -1,23 +1,16 @@
 """The script ends with JSON that holds both variants and the speed-up."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.stages.benchmark import BenchmarkConfig
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quickstart_speed.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("quickstart_speed", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("quickstart_speed")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The script cuts every single axis that can reach a share, and records what it measured."""
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from trt_kd.architectures.shape import shape_from_config
 from trt_kd.stages.prune import PruneConfig
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search_quality.py"
 TEACHER = {
     "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "head_dim": 64,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152,
@@ -19,11 +16,8 @@ TEACHER = {
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("search_quality", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("search_quality")
 
 
 def searching(share, axes):

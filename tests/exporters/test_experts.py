@@ -2,8 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from trt_kd.exporters.comparison import compare, logits_of
 from trt_kd.exporters.hf_unified_reader import read_model
 from trt_kd.quantization import FORMATS
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
 LANE = EXPORTERS.load("hf-unified")()
 MIXTURES = {
     "mixtral": ("model.layers.0.block_sparse_moe.experts.1", ("w1", "w3", "w2")),
@@ -34,14 +31,6 @@ BLOCKS = np.random.default_rng(1).integers(1, 90, (2, 24))
 class Made(StageConfig):
     stage = "quantize"
     format: dict | None = None
-
-
-@pytest.fixture(scope="module")
-def families():
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

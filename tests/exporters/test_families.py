@@ -1,8 +1,5 @@
 """Every family through every lane that says it takes it; the table of docs/lanes.md, held to."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,7 +11,6 @@ from trt_kd.config import StageConfig
 from trt_kd.exporters import EXPORTERS
 from trt_kd.exporters.verification import source_logits, verify
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
 BLOCKS = np.random.default_rng(1).integers(1, 500, (2, 24))
 LANES = {
     "hf-unified": {},
@@ -32,14 +28,6 @@ PACKAGES = {"ort-genai": "onnxruntime_genai", "tensorrt-rtx": "tensorrt_rtx"}
 
 class Made(StageConfig):
     stage = "import"
-
-
-@pytest.fixture(scope="module")
-def families():
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

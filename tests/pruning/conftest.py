@@ -1,8 +1,5 @@
 """Tiny decoders of every supported family, and calibration blocks."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,16 +11,6 @@ SIZES = {
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
-
-
-@pytest.fixture(scope="session")
-def families():
-    """The script that builds tiny models of every family and tries its axes."""
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

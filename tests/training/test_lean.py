@@ -1,8 +1,6 @@
 """A trunk with lean parts gives what plain autograd gives and keeps less for it."""
 
 from contextlib import nullcontext
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +15,10 @@ from trt_kd.training.lean import lean
 from trt_kd.training.run import Run, Text
 from trt_kd.training.schedule import Schedule
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
 TOKENS = torch.arange(2 * 16).view(2, 16) * 7 % 97
 SAVED = {"gpt_neox": 0.6, "mixtral": 0.75, "qwen3_moe": 0.55}
 """Most bytes over the plain trunk's under autocast; experts and LayerNorm stay plain."""
 SAVED_ELSE = 0.35
-
-
-@pytest.fixture(scope="session")
-def families():
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=ARCHITECTURES.names())

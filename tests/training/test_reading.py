@@ -1,8 +1,5 @@
 """What is read of a layer is what the layer said, in every family."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -13,17 +10,8 @@ from trt_kd.errors import ModelError
 from trt_kd.training.features import width
 from trt_kd.training.reading import reading
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "families_table.py"
 ATTENTION = ("queries", "keys", "values", "attention")
 TOKENS = torch.arange(1, 19).view(2, 9)
-
-
-@pytest.fixture(scope="module")
-def families():
-    spec = spec_from_file_location("families_table", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=ARCHITECTURES.names())

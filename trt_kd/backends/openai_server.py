@@ -20,14 +20,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from typing_extensions import Self
 
 from trt_kd.backends.load import SHARES, Load, LoadGenerator, LoadRun
 from trt_kd.backends.null_server import NullServer
 from trt_kd.backends.programs import numbers_at, require_program, run_program
 from trt_kd.checkpoints import load_tokenizer
-from trt_kd.config import StrictModel
+from trt_kd.config import KeyVariable, ServerAddress, StrictModel
 from trt_kd.errors import ConfigError, ServerError
 
 PROGRAM = "aiperf"
@@ -83,7 +83,7 @@ class OpenaiServer(LoadGenerator):
     }
 
     kind: Literal["openai-server"] = "openai-server"
-    url: Annotated[str, Field(exclude=True)]
+    url: ServerAddress
     """Where its API begins, such as ``http://127.0.0.1:8000/v1``; not kept in the artifact."""
     model: Annotated[str, Field(min_length=1)]
     """Name of the model at the server, which must serve the variant that is benchmarked."""
@@ -97,18 +97,8 @@ class OpenaiServer(LoadGenerator):
     null_server: bool = True
     """Whether the client is measured alone as well, once for every number of requests in flight,
     against a server without a model; below 3 times the rate a record decides no gate."""
-    key_env: Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)] = None
+    key_env: KeyVariable = None
     """Environment variable that holds the server's key; the key is never stored."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_a_plain_address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("write it as http://HOST:PORT/v1 or https://HOST/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address holds no key: name its variable as key_env")
-        return url.rstrip("/")
 
     def check(self, targets: Mapping[str, Path], loads: Sequence[Load]) -> None:
         """See the base class: AIPerf is there, the server answers and knows the model."""

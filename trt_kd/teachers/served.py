@@ -5,11 +5,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from typing_extensions import Self
 
+from trt_kd.config import KeyVariable, ServerAddress
 from trt_kd.errors import ConfigError
 from trt_kd.teachers.base import Demand, Teacher
 
@@ -32,7 +32,7 @@ class ServedTeacher(Teacher):
 
     kind: Literal["served"] = "served"
     """Name in the registry."""
-    url: Annotated[str, Field(exclude=True)]
+    url: ServerAddress
     """Where the API begins, such as ``http://127.0.0.1:8000/v1``; no part of a run's identity or
     manifest."""
     model: Annotated[str, Field(min_length=1)]
@@ -42,7 +42,7 @@ class ServedTeacher(Teacher):
     """Tokens kept per position; vLLM returns at most 20 unless started with --max-logprobs."""
     form: Literal["prompt_logprobs", "echo"] = "prompt_logprobs"
     """``prompt_logprobs``: vLLM's, by token id; ``echo``: OpenAI's completions, by text."""
-    key_env: Annotated[str | None, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", exclude=True)] = None
+    key_env: KeyVariable = None
     """Environment variable that holds the server's key; the key is never stored. Like ``url`` and
     what follows it is no part of a run's identity or manifest."""
     parallel: Annotated[PositiveInt, Field(exclude=True)] = 4
@@ -53,16 +53,6 @@ class ServedTeacher(Teacher):
     """Further attempts where the server is busy or away, after 1, 2, 4, ... seconds."""
     cache: Annotated[Path | None, Field(exclude=True)] = None
     """Folder shared between runs; without one, the run's own, removed in the end."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_a_plain_address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("write it as http://HOST:PORT/v1 or https://HOST/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address holds no key: name its variable as key_env")
-        return url.rstrip("/")
 
     @field_validator("max_dropped_mass")
     @classmethod
