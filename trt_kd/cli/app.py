@@ -10,7 +10,7 @@ from trt_kd import __version__
 from trt_kd.cli import draft, inspecting, layers, running, sensitivity, single, timing
 from trt_kd.cli.console import EXIT_CODES, Settings, reported
 
-EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 15 minutes).
+EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 13 minutes).
 
 {EXIT_CODES}"""
 
