@@ -25,7 +25,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trt_kd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = ("errors", "registry", "optional", "config", "seeding", "checkpoints", "architectures")
+CORE = (
+    "errors",
+    "registry",
+    "optional",
+    "config",
+    "seeding",
+    "heap",
+    "checkpoints",
+    "architectures",
+)
 FAMILIES = (
     "pruning",
     "losses",

@@ -37,6 +37,25 @@ def gradients(rows):
     return [rows[name].grad.clone() for name in ("hidden", "weight", "bias")]
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(rows):
+    total, _, _ = head_loss(
+        Objective(ForwardKL(), 0.3, 0.7),
+        rows["hidden"],
+        Head(rows["weight"], rows["bias"]),
+        Labels(rows["labels"]),
+        teacher=lambda piece: rows["teacher"][piece],
+        dtype=torch.float64,
+    )
+    leaves = [rows[name] for name in ("hidden", "weight", "bias")]
+    first = torch.autograd.grad(total / 3, leaves, retain_graph=True)
+    kept = [one.clone() for one in first]
+    again = torch.autograd.grad(2 * total, leaves, retain_graph=True)
+    last = torch.autograd.grad(total, leaves)
+    torch.testing.assert_close(list(first), kept, rtol=0, atol=0)
+    torch.testing.assert_close([one / 6 for one in again], kept)
+    torch.testing.assert_close([one / 3 for one in last], kept)
+
+
 def clear(rows):
     for name in ("hidden", "weight", "bias"):
         rows[name].grad = None

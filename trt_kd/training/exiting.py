@@ -44,9 +44,7 @@ def exit_parts(
     objective, found = Objective(exits.loss, 0.0, 1.0), {}
     for layer in exits.layers:
         exit_TD = norm(seen[layer, "states"])[:, :-1][mask_BK]
-        total, _, _ = head_loss(
-            objective, exit_TD, head, labels, teacher=said, dtype=dtype, again=True
-        )
+        total, _, _ = head_loss(objective, exit_TD, head, labels, teacher=said, dtype=dtype)
         found[f"exit_{layer}_nats_per_token"] = Part(weight, total)
     return found
 

@@ -149,7 +149,7 @@ def linear_head(model: Any) -> Head:
     return Head(head.weight, getattr(head, "bias", None))
 
 
-def head_loss(  # noqa: PLR0913 - a loss of four things, and two ways to find it
+def head_loss(
     objective: Objective,
     hidden_TD: Tensor,
     head: Head,
@@ -157,7 +157,6 @@ def head_loss(  # noqa: PLR0913 - a loss of four things, and two ways to find it
     *,
     teacher: Callable[[slice], TeacherRows] | None,
     dtype: torch.dtype,
-    again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum (with gradient), task sum and response sum over all T tokens, in nats.
 
@@ -170,9 +169,8 @@ def head_loss(  # noqa: PLR0913 - a loss of four things, and two ways to find it
         labels: the true next tokens.
         teacher: gives the teacher's logits, or its top k, for a slice of the T tokens.
         dtype: of the matrix products; sums and losses are at least float32.
-        again: keep the gradient for a second backward pass, which else is an error.
     """
-    work = _Work(objective, labels, teacher, dtype, again)
+    work = _Work(objective, labels, teacher, dtype)
     total, task, response = _HeadLoss.apply(hidden_TD, head.weight, head.bias, work)  # type: ignore[no-untyped-call]
     return total, task, response
 
@@ -183,11 +181,10 @@ class _Work:
     labels: Labels
     teacher: Callable[[slice], TeacherRows] | None
     dtype: torch.dtype
-    again: bool
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are found in ``forward``; ``backward`` only scales them, at best in place."""
+    """Gradients are found in ``forward``; ``backward`` only scales them, in place the last time."""
 
     @staticmethod
     def forward(
@@ -196,7 +193,6 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             sums, gradients = _accumulate(hidden_TD, Head(weight_VD, bias_V), work)
         ctx.save_for_backward(*gradients)
-        ctx.again = work.again
         task, response = sums[:-1], sums[-1]
         if work.labels.tasks is None:
             task = task[0]
@@ -210,7 +206,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(
         ctx: Any, total_gradient: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        scale = torch.mul if ctx.again else Tensor.mul_
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph
+        scale = torch.mul if again else Tensor.mul_
         hidden, weight, bias = (
             None if one is None else scale(one, total_gradient) for one in ctx.saved_tensors
         )
