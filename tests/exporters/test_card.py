@@ -5,7 +5,7 @@ import pytest
 from trt_kd.artifacts import Artifact, writing
 from trt_kd.config import StageConfig
 from trt_kd.exporters import EXPORTERS
-from trt_kd.exporters.card import export_card, licence_of
+from trt_kd.exporters.card import export_card, inherited_licence
 
 
 class Made(StageConfig):
@@ -47,5 +47,5 @@ def test_the_card_names_every_step_the_settings_the_proof_and_the_licence(descen
 
 def test_an_unknown_licence_is_said_to_be_unknown(descendant):
     source = descendant(None)
-    assert licence_of(source) == ""
+    assert inherited_licence(source) == ""
     assert "names no licence" in export_card(EXPORTERS.load("hf-unified")(), source, {})

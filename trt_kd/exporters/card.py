@@ -32,7 +32,7 @@ _SOURCE = {
 }
 
 
-def licence_of(source: Artifact) -> str:
+def inherited_licence(source: Artifact) -> str:
     """Licence of the imported model that ``source`` descends from; empty where none is known."""
     told = [source.metrics.get("license")]
     told += [ancestor.license for ancestor in source.manifest.lineage.values()]
@@ -41,7 +41,7 @@ def licence_of(source: Artifact) -> str:
 
 def export_card(lane: Exporter, source: Artifact, metrics: Mapping[str, Metric]) -> str:
     """The card of an export of ``source`` through ``lane`` with these ``metrics``; Markdown."""
-    licence = licence_of(source)
+    licence = inherited_licence(source)
     terms = (
         f"The imported model names the licence {licence}; it covers this one too."
         if licence
