@@ -2,13 +2,14 @@
 
     python benchmarks/logit_cache.py TEACHER [--student CHECKPOINT] [--train-steps 100]
 
-Writes caches of a teacher's checkpoint over real text at several k. Per k: bytes per token, all
-files included; the KL from the dense teacher to what the cache says, its tail spread evenly over
-the other tokens; the part of it that is lost by storing and not by leaving tokens out; forward KL
-of a student by the dense and by the cached teacher; tokens encoded and decoded per second by one
-thread. Without --student the student is the teacher with noise on its weights. With --train-steps
-the student is trained twice, online and cached, and both are measured on held-out text by the
-dense teacher. Prints tables, then one line of JSON.
+Writes caches of a teacher's checkpoint over real text at several k, a quarter of each drawn. Per k:
+bytes per token, all files included; the KL from the dense teacher to the likeliest tokens that the
+cache holds, its tail spread evenly over the others; the part of it that is lost by storing and not
+by leaving tokens out; forward KL of a student by the dense and by the cached teacher, draws
+included; tokens encoded and decoded per second by one thread. Without --student the student is the
+teacher with noise on its weights. With --train-steps the student is trained twice, online and
+cached, and both are measured on held-out text by the dense teacher.
+Prints tables, then one line of JSON.
 """
 
 import argparse
@@ -125,15 +126,18 @@ def measured_k(
     given: argparse.Namespace, k: int, teacher: Any, blocks: Any, student: list[Any], folder: Path
 ) -> dict[str, Any]:
     """Bytes, losses and speeds of one cache."""
+    from trt_kd.teachers.cached import CachedTeacher
     from trt_kd.teachers.identity import identity_of
     from trt_kd.teachers.writing import write_cache
 
     identity = identity_of(given.teacher, precision=given.precision)
-    cache = write_cache(folder, lambda: teacher, blocks, k=k, identity=identity)
+    contents = CachedTeacher(k=k).contents(identity)
+    cache = write_cache(folder, lambda: teacher, blocks, contents=contents)
     size = sum(path.stat().st_size for path in folder.iterdir())
     positions = blocks.shape[0] * (blocks.shape[1] - 1)
     return {
         "k": k,
+        "draws": contents.draws,
         "bytes_per_token": size / positions,
         **losses(given, cache, teacher, blocks, student),
         **speeds(given, cache, blocks),
@@ -150,12 +154,13 @@ def losses(
     from trt_kd.losses.kl import ForwardKL
     from trt_kd.losses.top_k import top_k_of
 
+    count = cache.index.contents.likeliest
     sums = dict.fromkeys(("kl", "storing_kl", "loss_dense", "loss_cached"), 0.0)
     positions = blocks.shape[0] * (blocks.shape[1] - 1)
     logits = zip(dense_logits(given, teacher, blocks), student, strict=True)
     for number, (dense_TV, student_TV) in enumerate(logits):
-        top, true = cache.rows(blocks[number : number + 1]), top_k_of(dense_TV, cache.k)
-        others = max(1, dense_TV.shape[1] - cache.k)
+        top, true = cache.rows(blocks[number : number + 1]), top_k_of(dense_TV, count)
+        others = max(1, dense_TV.shape[1] - count)
         rebuilt_TV = (top.tail - torch.tensor(others).log())[:, None].repeat(1, dense_TV.shape[1])
         rebuilt_TV.scatter_(-1, top.ids, top.logp)
         spread_TV = (true.tail - torch.tensor(others).log())[:, None].repeat(1, dense_TV.shape[1])
@@ -177,16 +182,18 @@ def losses(
 
 def speeds(given: argparse.Namespace, cache: Any, blocks: Any) -> dict[str, float]:
     """Tokens per second of encoding and decoding, each by one thread."""
-    from trt_kd.teachers.coding import encode
+    from trt_kd.teachers.coding import Kept, encode
 
     vocabulary = cache.index.contents.identity.vocabulary
     tops = [cache.rows(block[None]) for block in blocks]
-    arrays = [(top.ids.numpy(), top.logp.numpy(), top.tail.numpy()) for top in tops]
+    rows = [
+        Kept(*(part.numpy() for part in (top.ids, top.logp, top.tail, *top.inside))) for top in tops
+    ]
     seconds: dict[str, list[float]] = {"encode": [], "decode": []}
     for _ in range(given.repeats):
         started = time.perf_counter()
-        for ids, logp, tail in arrays:
-            encode(ids, logp, tail, vocabulary)
+        for kept in rows:
+            encode(kept, vocabulary)
         seconds["encode"].append(time.perf_counter() - started)
         started = time.perf_counter()
         for start in range(0, len(blocks), 4):

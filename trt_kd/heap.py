@@ -6,6 +6,7 @@ making their pages costs it a tenth of its time. GPUs have an allocator of their
 """
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,13 +17,14 @@ _TRIM_DEFAULT_BYTES, _MMAP_DEFAULT_BLOCKS = 128 << 10, 65536  # mallopt(3)
 
 @contextmanager
 def kept_pages() -> Iterator[None]:
-    """Keep freed memory until the end, then return it; has an effect under glibc alone.
+    """Keep freed memory until the end, then return it; under glibc, where torch sees no GPU.
 
     The peak is what it was but for gaps between blocks. Settings are those of the process: one of
     these at a time.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
+    torch = sys.modules.get("torch")
+    if not hasattr(libc, "gnu_get_libc_version") or (torch and torch.cuda.is_available()):
         yield
         return
     libc.mallopt(_MMAP_MAX, _NONE)

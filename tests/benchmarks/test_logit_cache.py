@@ -31,11 +31,11 @@ def test_the_last_line_is_the_record_and_the_table_stands_above(script, tiny, ca
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     small, middle, whole = record["k"]
     assert small["kl_nats_per_token"] > middle["kl_nats_per_token"] > whole["kl_nats_per_token"]
-    assert whole["kl_nats_per_token"] == pytest.approx(whole["storing_kl_nats_per_token"])
-    assert whole["loss_cached_nats_per_token"] == pytest.approx(
-        whole["loss_dense_nats_per_token"], rel=0.05
-    )
+    assert [row["draws"] for row in record["k"]] == [2, 16, 128]
     for row in record["k"]:
+        assert row["loss_cached_nats_per_token"] == pytest.approx(
+            row["loss_dense_nats_per_token"], rel=0.15
+        )
         assert 0 <= row["storing_kl_nats_per_token"] < 5e-3
         assert row["decode_tokens_per_s"] > 0
         assert row["encode_tokens_per_s"] > 0

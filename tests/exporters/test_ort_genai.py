@@ -271,3 +271,20 @@ def test_other_import_errors_are_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "asks_for_more.py").write_text("from json import no_such_name\n")
     with pytest.raises(ImportError, match="no_such_name"):
         run("asks_for_more")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_search_in_parallel_finds_the_same_weights(bits, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    from trt_kd.exporters import genai_builder
+
+    monkeypatch.setattr(genai_builder, "_WEIGHTS_AT_ONCE", 7 * 32)
+    weights = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32).T
+    weights[:, 3] = 0.25  # a group of equal weights has no range
+    plain = quant_tensor_k_quant_cpu(weights.copy(), bits, 32)
+    found = genai_builder.in_parallel(quant_tensor_k_quant_cpu)(weights.copy(), bits, 32)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)

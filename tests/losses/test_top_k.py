@@ -252,3 +252,106 @@ def test_labels_are_asked_for_where_they_are_needed(loss):
             loss.top_k_value_and_gradient(logits(0), top, EVERYTHING),
             loss.top_k_value_and_gradient(logits(0), top, EVERYTHING, LABELS),
         )
+
+
+# --- draws from the tail ------------------------------------------------------------------------
+
+READERS = [name for name in TOP_K_LOSSES if LOSSES.load(name).reads_draws]
+
+
+def everyone_drawn(logits_TV, k, draws=4096):
+    """Rows whose draws are so many that their shares are the tail's own probabilities."""
+    chances = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    return top_k_of(logits_TV, k, chances.expand(TOKENS, -1))
+
+
+def test_forward_kl_reads_draws():
+    assert "forward_kl" in READERS
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("k", [1, K, VOCABULARY - 1])
+def test_with_enough_draws_loss_and_gradient_are_the_dense_ones(name, k):
+    loss, student, teacher = LOSSES.load(name)(), logits(0), logits(1)
+    value, gradient = loss.top_k_value_and_gradient(student, everyone_drawn(teacher, k), EVERYTHING)
+    expected, dense = loss.value_and_gradient(student, teacher, EVERYTHING)
+    torch.testing.assert_close(value, expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradient, dense, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_few_draws_are_right_on_average(name):
+    loss, student, teacher = LOSSES.load(name)(), logits(0), logits(1)
+    shifts = (torch.arange(512, dtype=torch.float64) + 0.5) / 512
+    found = []
+    for shift in shifts:
+        chances = ((shift + torch.arange(3)) / 3).expand(TOKENS, -1)
+        found.append(
+            loss.top_k_value_and_gradient(student, top_k_of(teacher, K, chances), EVERYTHING)
+        )
+    values, gradients = (torch.stack(each) for each in zip(*found, strict=True))
+    expected, dense = loss.value_and_gradient(student, teacher, EVERYTHING)
+    assert values.std() > 0.01 * expected  # one of them alone is not
+    torch.testing.assert_close(values.mean(), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradients.mean(0), dense, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_gradient_with_draws_is_that_of_finite_differences(name):
+    loss, student, step = LOSSES.load(name)(), logits(0), 1e-6
+    chances = torch.tensor([0.1, 0.45, 0.9], dtype=torch.float64).expand(TOKENS, -1)
+    top = top_k_of(logits(1), K, chances)
+    _, gradient = loss.top_k_value_and_gradient(student, top, EVERYTHING)
+    for token in range(TOKENS):
+        for column in range(VOCABULARY):
+            ends = []
+            for sign in (1, -1):
+                moved = student.clone()
+                moved[token, column] += sign * step
+                ends.append(loss.top_k_value_and_gradient(moved, top, EVERYTHING)[0])
+            slope = float(ends[0] - ends[1]) / (2 * step)
+            assert slope == pytest.approx(float(gradient[token, column]), abs=1e-6)
+
+
+def test_other_losses_are_what_they_are_without_draws(loss):
+    if loss.reads_draws:
+        return
+    student, teacher = logits(0), logits(1)
+    plain = loss.top_k_value_and_gradient(student, top_k_of(teacher, K), EVERYTHING, LABELS)
+    drawn = everyone_drawn(teacher, K, 4)
+    found = loss.top_k_value_and_gradient(student, drawn, EVERYTHING, LABELS)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_masked_rows_and_chunks_with_draws(name):
+    loss, student, top = LOSSES.load(name)(), logits(0), everyone_drawn(logits(1), K, 5)
+    mask = torch.tensor([True, False, True, True, False, True, True])
+    spoilt = student.clone()
+    spoilt[~mask] = torch.nan
+    value, gradient = loss.top_k_value_and_gradient(spoilt, top, mask)
+    parts = [
+        loss.top_k_value_and_gradient(student[i : i + 1], top[i : i + 1], EVERYTHING[:1])
+        for i in range(TOKENS)
+        if mask[i]
+    ]
+    torch.testing.assert_close(value, sum(part for part, _ in parts))
+    torch.testing.assert_close(gradient[mask], torch.cat([part for _, part in parts]))
+    assert not gradient[~mask].any()
+
+
+def test_nothing_is_left_to_draw_of_a_whole_vocabulary():
+    with pytest.raises(ValueError, match="leaves no token to draw"):
+        everyone_drawn(logits(0), VOCABULARY)
+
+
+def test_a_tail_without_mass_draws_and_stays_finite():
+    teacher = logits(0)
+    teacher[:, 0] += 1000.0
+    top = everyone_drawn(teacher, 1, 4)
+    value, gradient = LOSSES.load("forward_kl")().top_k_value_and_gradient(
+        logits(1), top, EVERYTHING
+    )
+    assert math.isfinite(value)
+    assert bool(gradient.isfinite().all())
+    assert not bool((top.inside.drawn == 0).any())

@@ -17,6 +17,7 @@ from trt_kd.teachers.cache import INDEX, Cache
 from trt_kd.teachers.forward import top_k_rows
 from trt_kd.teachers.identity import identity_of
 from trt_kd.teachers.online import OnlineTeacher
+from trt_kd.teachers.shards import Contents
 from trt_kd.teachers.writing import estimate_bytes, write_cache
 
 COUNT, LENGTH, K = 14, 12, 8
@@ -44,8 +45,9 @@ def fill(teacher, identity):
 
     def write(directory, blocks, **changes):
         load = partial(OnlineTeacher().load, teacher.path, precision="fp32")
-        plain = {"k": K, "identity": identity, "batch_size": 2}
-        return write_cache(directory, changes.pop("load", load), blocks, **plain | changes)
+        given = {"k": K, "identity": identity} | changes
+        load = given.pop("load", load)
+        return write_cache(directory, load, blocks, contents=Contents(**given), batch_size=2)
 
     return write
 
@@ -117,12 +119,40 @@ def test_the_bf16_cache_holds_what_an_online_bf16_teacher_says(teacher, blocks):
     model = OnlineTeacher().load(teacher.path, precision="bf16")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.from_numpy(blocks), use_cache=False).logits[:, :-1]
-    for (_, logp, tail, _), dense in zip(
+    for (kept, _), dense in zip(
         top_k_rows(model, blocks, k=K, precision="bf16"), logits, strict=True
     ):
         expected = top_k_of(dense, K)
-        torch.testing.assert_close(torch.from_numpy(logp), expected.logp, atol=1e-6, rtol=0)
-        torch.testing.assert_close(torch.from_numpy(tail), expected.tail, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(kept.logp), expected.logp, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(kept.tail), expected.tail, atol=1e-5, rtol=0)
+
+
+def test_draws_are_of_the_tail_as_often_as_the_teacher_says(fill, teacher, blocks, tmp_path):
+    cache = fill(tmp_path / "cache", blocks, k=K + 64, draws=64)
+    plain, top = fill(tmp_path / "plain", blocks).rows(blocks), cache.rows(blocks)
+    for name in ("ids", "logp", "tail"):
+        assert torch.equal(getattr(top, name), getattr(plain, name))
+    with torch.no_grad():
+        logits = load_model(teacher.path)(torch.from_numpy(blocks)).logits[:, :-1].flatten(0, 1)
+    inside = logits.double().softmax(-1).scatter(-1, top.ids, 0.0)
+    inside /= inside.sum(-1, keepdim=True)
+    times = torch.zeros_like(inside).scatter_add_(
+        -1, top.inside.drawn, torch.full(top.inside.drawn.shape, 1 / 64, dtype=torch.float64)
+    )
+    assert not (times * (inside == 0)).any()
+    # Evenly apart: up to any token, as many were drawn as the sum says, or one more or less.
+    gap = (times.cumsum(-1) - inside.cumsum(-1)).abs().max()
+    assert gap <= 1 / 64 + 1e-4
+    entropy = torch.special.entr(inside).sum(-1)
+    torch.testing.assert_close(top.inside.entropy.double(), entropy, atol=0.02, rtol=0)
+
+
+def test_draws_follow_from_the_block_and_not_from_where_it_stands(fill, blocks, tmp_path):
+    drawn = {"k": K, "draws": 3}
+    turned = fill(tmp_path / "turned", blocks[::-1].copy(), **drawn).rows(blocks)
+    torch.testing.assert_close(
+        fill(tmp_path / "cache", blocks, **drawn).rows(blocks).inside, turned.inside
+    )
 
 
 def test_order_and_batch_size_of_reading_are_free(filled, blocks):
@@ -168,6 +198,7 @@ def test_the_index_names_no_folder_and_says_whose_it_is(filled, identity):
     assert index["contents"] == {
         "schema_version": 1,
         "k": K,
+        "draws": 0,
         "identity": identity.model_dump(mode="json"),
     }
     assert str(filled.directory) not in text
@@ -244,10 +275,12 @@ def test_a_disk_that_fills_up_keeps_the_complete_shards(
     assert contents(place) == contents(filled.directory)
 
 
-def test_the_estimate_is_no_less_than_what_is_written(filled):
+def test_the_estimate_is_no_less_than_what_is_written(filled, identity):
     assert filled.size_bytes > 0
-    k, tokens = 50, 10**6
-    assert 100 * tokens < estimate_bytes(tokens, k=k, vocabulary=49_152) < 130 * tokens
+    large = identity.model_copy(update={"vocabulary": 49_152})
+    for draws in (0, 12):
+        contents, tokens = Contents(k=50, draws=draws, identity=large), 10**6
+        assert 100 * tokens < estimate_bytes(tokens, contents) < 130 * tokens
 
 
 # --- what it refuses ----------------------------------------------------------------------------
@@ -281,9 +314,17 @@ def test_shards_of_another_teacher_are_refused_without_an_index_too(filled, fill
 
 
 def test_another_k_is_refused(filled, fill, blocks):
-    with pytest.raises(ModelError, match="top 8 of every position, not 9") as error:
+    with pytest.raises(
+        ModelError, match="8 tokens of every position, 0 of them drawn, not 9 and 0"
+    ) as error:
         fill(filled.directory, blocks, k=9, load=never)
     two_lines(error)
+
+
+def test_other_draws_are_refused(filled, fill, blocks):
+    with pytest.raises(ModelError, match="0 of them drawn, not 8 and 2") as error:
+        fill(filled.directory, blocks, draws=2, load=never)
+    assert "set k to 8 and draws to 0" in two_lines(error)
 
 
 def test_more_kept_tokens_than_there_are_is_refused(fill, blocks, tmp_path):

@@ -34,6 +34,9 @@ class KDLoss(Plugin, ABC):
     """Whether the two may have different vocabularies; else unequal shapes are refused."""
     f_divergence: ClassVar[bool] = False
     """Whether merging tokens never raises the loss, so that top-k gives a lower bound of it."""
+    reads_draws: ClassVar[bool] = False
+    """Whether tokens drawn from the teacher's tail count: without bias the loss is the dense one
+    then, and no bound of it. Else the tail is one bucket."""
 
     @abstractmethod
     def __call__(
@@ -95,6 +98,8 @@ class KDLoss(Plugin, ABC):
         labels_T: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
         """Return the loss between k + 1 buckets, the tail being one, and its gradient.
+
+        With draws from the tail, what they tell is added where ``reads_draws`` says so.
 
         Args:
             student_TV: logits ``[T, V]`` of any float dtype.

@@ -16,6 +16,7 @@ class ForwardKL(ClosedForm):
     r"""Mode-covering loss :math:`\tau^2 \sum_t D_{KL}(p_t \| q_t)`, teacher p, student q."""
 
     f_divergence: ClassVar[bool] = True
+    reads_draws: ClassVar[bool] = True
 
     kind: Literal["forward_kl"] = "forward_kl"
     """Name in the registry."""

@@ -135,8 +135,8 @@ class DistillConfig(Schedule, StageConfig):
             losses = [LOSSES.load(name)(kind=name) for name in LOSSES.names()]
             choices = [loss.kind for loss in losses if self.teacher.problem(loss) is None]
             raise ValueError(
-                f"{problem}, which teacher {self.teacher.kind} has not; choices at their "
-                f"defaults: {', '.join(choices)}; any with teacher online"
+                f"teacher {self.teacher.kind}: {problem}; choices at their defaults: "
+                f"{', '.join(choices)}; any with teacher online"
             )
         return self
 

@@ -65,13 +65,13 @@ def contestants(measured: Divergences, count: int, *, first: str) -> list[str]:
 
 
 def _cache(trial: Trial, tournament: Tournament, blocks: "NDArray[np.int64]") -> "Cache":
-    precision = DistillConfig().precision
+    precision, teacher = DistillConfig().precision, CachedTeacher(k=tournament.top_k)
+    identity = identity_of(trial.source, precision=precision)
     return write_cache(
         trial.work / "logits",
         partial(OnlineTeacher().load, trial.source, precision=precision),
         blocks,
-        k=tournament.top_k,
-        identity=identity_of(trial.source, precision=precision),
+        contents=teacher.contents(identity),
         batch_size=tournament.batch_size,
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_kd.losses.top_k import LOG_FLOOR
+from trt_kd.teachers.coding import Kept
 from trt_kd.teachers.forward import Rows
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def rows_of(
     logp = np.array([[value for _, value in row] for row in kept], dtype=np.float32)
     tails = [_log_tail([value for _, value in row]) for row in kept]
     nothing = np.zeros(len(kept), dtype=np.float32)
-    return Rows(ids, logp, np.array(tails, dtype=np.float32), nothing)
+    return Rows(Kept.without_draws(ids, logp, np.array(tails, dtype=np.float32)), nothing)
 
 
 def _by_id(entry: Mapping[str, Any], token: int, texts: Texts) -> Candidates:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from trt_kd.config import StrictModel
 from trt_kd.errors import ArtifactError
-from trt_kd.teachers.coding import decode
+from trt_kd.teachers.coding import Kept, decode
 from trt_kd.teachers.identity import Identity, check_identity
 from trt_kd.teachers.shards import Contents, Shard, damaged, sample_ids
 
@@ -77,7 +77,7 @@ class Cache:
 
     @property
     def k(self) -> int:
-        """Tokens kept per position."""
+        """Tokens kept per position, draws included."""
         return self.index.contents.k
 
     @property
@@ -101,18 +101,21 @@ class Cache:
             tokens_BL: token ids ``[B, L]`` of whole blocks.
 
         Returns:
-            ``B * (L - 1)`` rows, ids ascending.
+            ``B * (L - 1)`` rows, ids ascending; with draws where the cache has some.
 
         Raises:
             ArtifactError: if a block is not there, or its bytes are damaged.
         """
         import torch
 
-        from trt_kd.losses.top_k import TopK
+        from trt_kd.losses.top_k import Inside, TopK
 
         decoded = [self._decoded(sample, tokens_BL) for sample in sample_ids(tokens_BL)]
-        ids, logp, tail = (np.concatenate(parts) for parts in zip(*decoded, strict=True))
-        return TopK(torch.from_numpy(ids), torch.from_numpy(logp), torch.from_numpy(tail))
+        ids, logp, tail, drawn, entropy = (
+            torch.from_numpy(np.concatenate(parts)) for parts in zip(*decoded, strict=True)
+        )
+        inside = Inside(drawn, entropy) if self.index.contents.draws else None
+        return TopK(ids, logp, tail, inside)
 
     def dropped(self, tokens_BL: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mean probability per row, of every block, of tokens left out of the vocabulary.
@@ -138,13 +141,17 @@ class Cache:
             )
         return self._places[sample]
 
-    def _decoded(
-        self, sample: bytes, tokens_BL: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decoded(self, sample: bytes, tokens_BL: NDArray[np.int64]) -> Kept:
         shard, place = self._place(sample, tokens_BL)
-        size = self.index.contents.identity.vocabulary
+        contents = self.index.contents
         try:
-            return decode(shard.payload(place), rows=tokens_BL.shape[1] - 1, k=self.k, size=size)
+            return decode(
+                shard.payload(place),
+                rows=tokens_BL.shape[1] - 1,
+                k=contents.likeliest,
+                draws=contents.draws,
+                size=contents.identity.vocabulary,
+            )
         except ValueError as error:
             raise damaged(shard.path, f"sample {place}: {error}") from error
 

@@ -1,6 +1,7 @@
 """The teacher's forward pass over token blocks, its head piece by piece.
 
-Shape suffixes: B blocks, L positions, T rows, D hidden size, V vocabulary, K kept tokens.
+Shape suffixes: B blocks, L positions, T rows, D hidden size, V vocabulary, K kept tokens, M drawn
+tokens.
 """
 
 from typing import Any, NamedTuple
@@ -14,22 +15,20 @@ from transformers import PreTrainedModel
 
 from trt_kd.errors import ModelError
 from trt_kd.losses.maths import wide
-from trt_kd.losses.top_k import TopK, top_k_of
+from trt_kd.losses.top_k import TopK, joined, top_k_of
 from trt_kd.teachers.base import Precision
+from trt_kd.teachers.coding import Kept
+from trt_kd.teachers.shards import sample_ids
 
 LOGITS_BYTES = 64 << 20
 """Size of the float32 logits that exist at a time."""
 
 
 class Rows(NamedTuple):
-    """What a cache keeps of one block of L tokens: L - 1 rows."""
+    """What is known of one block of L tokens: L - 1 rows."""
 
-    ids: NDArray[np.int64]
-    """Kept tokens ``[L - 1, K]``."""
-    logp: NDArray[np.float32]
-    """Their log-probabilities ``[L - 1, K]``, in nats."""
-    tail: NDArray[np.float32]
-    """Log-mass of all other tokens ``[L - 1]``."""
+    kept: Kept
+    """What a cache keeps of them."""
     dropped: NDArray[np.float32]
     """Probability of tokens that are left out of the vocabulary ``[L - 1]``."""
 
@@ -42,24 +41,41 @@ def top_k_rows(
     k: int,
     precision: Precision,
     vocabulary: int | None = None,
+    draws: int = 0,
 ) -> list[Rows]:
-    """Rows of every block ``[B, L]``.
+    """Rows of every block ``[B, L]``: the ``k`` likeliest tokens, and ``draws`` of the others.
 
     The same logits, bf16 rounding included, as an online teacher's. Where ``vocabulary`` is less
-    than the teacher's, tokens from there on are left out and the others scaled up.
+    than the teacher's, tokens from there on are left out and the others scaled up. What is drawn
+    follows from the block.
 
     Raises:
         ModelError: if the teacher gives NaN or infinity.
     """
-    top, dropped_T = _top_k(model, blocks, k, precision, vocabulary)
+    chances_TM = torch.from_numpy(_chances(blocks, draws)) if draws else None
+    top, dropped_T = _top_k(model, blocks, k, precision, vocabulary, chances_TM)
     if not bool(top.logp.isfinite().all()):
         raise ModelError(
             "the teacher's log-probabilities are not finite",
             hint="set precision: fp32, or look for NaN in its weights",
         )
-    whole = [part.cpu().numpy() for part in (top.ids, top.logp, top.tail, dropped_T)]
-    parts = zip(*(np.split(part, len(blocks)) for part in whole), strict=True)
-    return [Rows(*part) for part in parts]
+    known = (top.ids, top.logp, top.tail, *(top.inside or ()), dropped_T)
+    whole = [np.split(part.cpu().numpy(), len(blocks)) for part in known]
+    keep = Kept if draws else Kept.without_draws
+    return [Rows(keep(*kept), dropped) for *kept, dropped in zip(*whole, strict=True)]
+
+
+def _chances(blocks: NDArray[np.int64], draws: int) -> NDArray[np.float32]:
+    """Numbers from 0 to 1 for every row, ``[B * (L - 1), draws]``, evenly apart in a row.
+
+    One shift by chance for all of a row: of all ways to draw without bias it varies least.
+    """
+    shifts = [
+        np.random.default_rng(int.from_bytes(sample, "little")).random(blocks.shape[1] - 1)
+        for sample in sample_ids(blocks)
+    ]
+    chances_TM = (np.concatenate(shifts)[:, None] + np.arange(draws)) / draws
+    return chances_TM.astype(np.float32)
 
 
 def check_dropped_mass(
@@ -99,6 +115,7 @@ def _top_k(
     k: int,
     precision: Precision,
     vocabulary: int | None,
+    chances_TM: Tensor | None,
 ) -> tuple[TopK, Tensor]:
     """Rows of all T positions, some logits at a time, and the mass that is left out."""
     tokens_BL = torch.from_numpy(np.ascontiguousarray(blocks)).to(model.device)
@@ -109,16 +126,18 @@ def _top_k(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     weight_VD, bias_V = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     tops, dropped = [], []
+    hidden_TD = hidden_BLD[:, :-1].flatten(0, 1).to(dtype)
     step = max(1, LOGITS_BYTES // (4 * len(weight_VD)))
-    for piece_TD in torch.split(hidden_BLD[:, :-1].flatten(0, 1).to(dtype), step):
-        logits_TV = functional.linear(piece_TD, weight_VD, bias_V)
+    for start in range(0, len(hidden_TD), step):
+        rows = slice(start, start + step)
+        logits_TV = functional.linear(hidden_TD[rows], weight_VD, bias_V)
         kept_TV, rest_TP = logits_TV[:, :vocabulary], logits_TV[:, vocabulary or len(weight_VD) :]
-        tops.append(top_k_of(kept_TV, k))
+        chances = None if chances_TM is None else chances_TM[rows].to(logits_TV.device)
+        tops.append(top_k_of(kept_TV, k, chances))
         dropped.append(
             share_dropped(kept_TV, rest_TP) if rest_TP.shape[1] else torch.zeros(len(logits_TV))
         )
-    joined = [torch.cat([getattr(top, name) for top in tops]) for name in ("ids", "logp", "tail")]
-    return TopK(*joined), torch.cat(dropped)
+    return joined(tops), torch.cat(dropped)
 
 
 def check_linear_head(model: Any, role: str) -> None:

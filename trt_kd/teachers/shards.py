@@ -32,9 +32,16 @@ class Contents(StrictModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     """Version of this layout."""
     k: int
-    """Tokens kept per position."""
+    """Tokens kept per position, draws included."""
+    draws: int = 0
+    """Those of them that are drawn from what is not among the likeliest."""
     identity: Identity
     """Whose log-probabilities these are."""
+
+    @property
+    def likeliest(self) -> int:
+        """Tokens kept per position for their probability."""
+        return self.k - self.draws
 
 
 def sample_ids(blocks: NDArray[np.int64]) -> list[bytes]:

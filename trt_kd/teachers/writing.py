@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trt_kd.errors import ArtifactError, ModelError
 from trt_kd.teachers.cache import INDEX, Cache, Index, ShardEntry, read_index
 from trt_kd.teachers.coding import bytes_per_row, encode
-from trt_kd.teachers.identity import Identity, check_identity
+from trt_kd.teachers.identity import check_identity
 from trt_kd.teachers.shards import Contents, Samples, Shard, put, sample_ids, write_shard
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def write_cache(
     load: "Callable[[], PreTrainedModel]",
     blocks: NDArray[np.int64],
     *,
-    k: int,
-    identity: Identity,
+    contents: Contents,
     batch_size: int = 4,
 ) -> Cache:
     """Fill a cache from a model, see ``fill_cache``.
@@ -48,16 +47,14 @@ def write_cache(
         directory: of the cache; made if need be.
         load: gives the teacher; called only if a block is missing.
         blocks: token ids ``[count, L]``.
-        k: tokens to keep per position.
-        identity: of the teacher that ``load`` gives.
+        contents: tokens to keep per position, and the identity of the teacher that ``load`` gives.
         batch_size: blocks of one forward pass; where the cache is resumed it should be the same.
 
     Raises:
         ArtifactError: if the disk lacks space, or a shard is damaged.
-        ModelError: if the cache is of another teacher or k, k is above the vocabulary, or the
-            teacher's head is not linear or gives NaN.
+        ModelError: if the cache is of another teacher, k or draws, k is above the vocabulary, or
+            the teacher's head is not linear or gives NaN.
     """
-    contents = Contents(k=k, identity=identity)
     return fill_cache(
         directory,
         lambda: _running(load(), contents),
@@ -89,7 +86,7 @@ def fill_cache(
 
     Raises:
         ArtifactError: if the disk lacks space, or a shard is damaged.
-        ModelError: if the cache is of another teacher or k, or k is above the vocabulary.
+        ModelError: if the cache is of another teacher, k or draws, or k is above the vocabulary.
     """
     identity = contents.identity
     if contents.k > identity.vocabulary:
@@ -125,12 +122,20 @@ def _running(model: "PreTrainedModel", contents: Contents) -> "RowsOf":
     check_linear_head(model, "teacher")
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    return partial(top_k_rows, model, k=contents.k, precision=precision, vocabulary=size)
+    return partial(
+        top_k_rows,
+        model,
+        k=contents.likeliest,
+        draws=contents.draws,
+        precision=precision,
+        vocabulary=size,
+    )
 
 
-def estimate_bytes(tokens: int, *, k: int, vocabulary: int) -> int:
+def estimate_bytes(tokens: int, contents: Contents) -> int:
     """Bytes that a cache of so many tokens takes at most, about: see ``bytes_per_row``."""
-    return math.ceil(tokens * bytes_per_row(k, vocabulary))
+    size = contents.identity.vocabulary
+    return math.ceil(tokens * bytes_per_row(contents.likeliest, size, contents.draws))
 
 
 def _complete_shards(directory: Path, contents: Contents) -> list[Shard]:
@@ -141,10 +146,11 @@ def _complete_shards(directory: Path, contents: Contents) -> list[Shard]:
     shards = [Shard(path) for path in sorted(directory.glob("shard-*.safetensors"))]
     for found in [*([index.contents] if index else []), *(shard.contents for shard in shards)]:
         check_identity(found.identity, contents.identity, directory)
-        if found.k != contents.k:
+        if (found.k, found.draws) != (contents.k, contents.draws):
             raise ModelError(
-                f"{directory} holds the top {found.k} of every position, not {contents.k}",
-                hint=f"set k to {found.k}, or choose another folder",
+                f"{directory} holds {found.k} tokens of every position, {found.draws} of them "
+                f"drawn, not {contents.k} and {contents.draws}",
+                hint=f"set k to {found.k} and draws to {found.draws}, or choose another folder",
             )
     sizes = {entry.name: entry.bytes for entry in index.shards} if index else {}
     for shard in shards:
@@ -183,7 +189,7 @@ def _write(
             for at in range(0, len(part), batch_size):
                 batch = part[at : at + batch_size]
                 rows = rows_of(batch)
-                payloads += [encode(row.ids, row.logp, row.tail, size) for row in rows]
+                payloads += [encode(row.kept, size) for row in rows]
                 dropped += [float(row.dropped.mean()) for row in rows]
                 bar.update(len(batch))
             samples = Samples(sample_ids(part), payloads, dropped)
@@ -208,12 +214,12 @@ def _write_index(directory: Path, contents: Contents, shards: list[Shard]) -> No
 
 
 def _check_space(directory: Path, tokens: int, contents: Contents) -> None:
-    needed = estimate_bytes(tokens, k=contents.k, vocabulary=contents.identity.vocabulary)
+    needed = estimate_bytes(tokens, contents)
     free = shutil.disk_usage(directory).free
     logger.info("teacher: up to %.1f MB for %d tokens in %s", needed / 1e6, tokens, directory)
     if free < needed:
         raise ArtifactError(
-            f"the teacher's top {contents.k} of {tokens:,} tokens take up to "
+            f"{contents.k} tokens of the teacher's for each of {tokens:,} take up to "
             f"{needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {directory}",
             hint="free disk space, lower k, or choose a folder on another disk",
         )

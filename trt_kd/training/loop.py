@@ -124,9 +124,8 @@ def train(
 @contextmanager
 def _sparing(student: PreTrainedModel, *, alone: bool) -> Iterator[None]:
     """Let a step keep little, and make little of what it does not keep."""
-    pages = nullcontext() if torch.cuda.is_available() else kept_pages()
     rows = rows_into_head(student) if alone else nullcontext()
-    with pages, lean(student), rows, blockwise_attention():
+    with kept_pages(), lean(student), rows, blockwise_attention():
         yield
 
 
