@@ -26,7 +26,7 @@ from trt_kd.config import build_plugin
 from trt_kd.errors import ModelError, TrtKdError
 from trt_kd.measuring.clock import measure_call, measure_steps
 from trt_kd.measuring.gpu import GpuWatch, gpu_use
-from trt_kd.measuring.machine import peak_memory_bytes, with_huge_pages
+from trt_kd.measuring.machine import peak_memory_bytes, with_steady_heap
 from trt_kd.registry import Registry
 
 _PATIENCE_S = 10
@@ -69,7 +69,7 @@ class Worker:
         paths = [str(Path(entry or ".").resolve()) for entry in sys.path]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, str(theirs.fileno())],
-            env=with_huge_pages(os.environ | {"PYTHONPATH": os.pathsep.join(paths)}),
+            env=with_steady_heap(os.environ | {"PYTHONPATH": os.pathsep.join(paths)}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],

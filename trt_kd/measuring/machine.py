@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Any
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+STEADY_HEAP = (
+    "glibc.malloc.hugetlb=1",
+    "glibc.malloc.mmap_max=0",
+    f"glibc.malloc.trim_threshold={1 << 62}",
+)
+"""Huge pages where the kernel gives them, and pages that stay when their memory is freed."""
 
 
-def with_huge_pages(variables: Mapping[str, str]) -> dict[str, str]:
-    """Environment for a process whose heap asks the kernel for huge pages.
+def with_steady_heap(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment for a process whose heap consists of huge pages and keeps them.
 
     Which small pages a process happens to get decides its decoding speed by several percent and for
-    as long as it lives; see docs/benchmarking.md. glibc 2.35 and newer know the tunable, others
-    ignore it; what ``variables`` say of it comes later and wins.
+    as long as it lives; making and returning the pages of a prompt's logits decides a long prefill
+    by a fifth; see docs/benchmarking.md. glibc 2.35 and newer know all of the tunables, others
+    ignore the first or all; what ``variables`` say of them comes later and wins.
     """
     name = "GLIBC_TUNABLES"
-    tunables = ["glibc.malloc.hugetlb=1", *filter(None, [variables.get(name)])]
+    tunables = [*STEADY_HEAP, *filter(None, [variables.get(name)])]
     return {**variables, name: ":".join(tunables)}
 
 
