@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trt_kd.pruning.halving import compared, leader_share, order, rank_agreement
-from trt_kd.reporting import search_tables
+from trt_kd.reporting import latency_tables, search_tables
 from trt_kd.reporting.collect import Sources
 from trt_kd.reporting.markdown import report_markdown
 from trt_kd.reporting.page import page
@@ -391,6 +391,22 @@ def test_whether_pruning_pays_is_said_first(texts, verdict, fits, said):
     assert said in search_tables.paragraphs(search)[0]
     for text in texts(search):
         assert said in text
+
+
+def test_where_the_batch_size_was_open_every_lane_says_its_own(texts):
+    latency = copy.deepcopy(LATENCY) | {
+        "verdict": PRUNED | {"pruning_pays": True, "batch": 8, "words": "as printed"}
+    }
+    for batch, corner in zip((1, 8), latency["corners"], strict=True):
+        corner["batch"] = batch
+    search = found(record_of() | {"latency": latency})
+    chosen = [row.name for row in latency_tables.corners(search).rows if row.detail == "searched"]
+    assert chosen == ["int4 at batch size 8"]
+    for text in texts(search):
+        for said in ("int4 at batch size 1", "in the lane int4 at batch size 8."):
+            assert said in text
+        assert "Batch size 4" not in text
+        assert "64 + 24 tokens; ITL" in text
 
 
 def test_a_lane_that_cannot_be_pruned_to_the_limit_has_no_costs(texts):

@@ -1,8 +1,10 @@
 """Limits on time: the table is measured, predictions rank, and the runtime has the last word."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from trt_kd.architectures.shape import read_shape
 from trt_kd.artifacts import Artifact, writing
@@ -14,10 +16,10 @@ from trt_kd.errors import ArtifactError, ConfigError, ModelError
 from trt_kd.latency.operators import METRICS, amounts
 from trt_kd.latency.table import Cell, Lane, LatencyTable, Row, read_table
 from trt_kd.pruning.budget import Budget
-from trt_kd.pruning.candidates import SearchSpace
+from trt_kd.pruning.candidates import SearchSpace, possible
 from trt_kd.pruning.latency_limit import LatencyLimit, at_most, stopwatch
-from trt_kd.pruning.search import Search
-from trt_kd.pruning.sensitivity import Point, write_points
+from trt_kd.pruning.search import Search, ranked
+from trt_kd.pruning.sensitivity import Point, read_points, write_points
 from trt_kd.stages import confirming
 from trt_kd.stages import corners as ways
 from trt_kd.stages.benchmark import several
@@ -117,8 +119,11 @@ def table(settings, shallow, forking, tmp_path_factory):
         return latency(config, source=shallow, out=tmp_path_factory.mktemp("latency") / "table")
 
 
-def cells(shape, batch_sizes, factor=1.0, input_tokens=INPUT_TOKENS):
-    """Times of a machine for which the model holds exactly, longer for longer prompts."""
+def cells(shape, batch_sizes, factor=1.0, input_tokens=INPUT_TOKENS, gain=1.0):
+    """Times of a machine for which the model holds exactly, longer for longer prompts.
+
+    More than one sequence takes ``gain`` times as long as so many one after the other.
+    """
     found = []
     for batch in batch_sizes:
         times = {}
@@ -126,29 +131,29 @@ def cells(shape, batch_sizes, factor=1.0, input_tokens=INPUT_TOKENS):
             tokens = batch * (input_tokens if metric == "ttft_ms" else 1)
             units = amounts(shape, metric, tokens)
             ms = factor * batch * sum(TRUE[name] * units[name] for name in units)
-            ms *= input_tokens / INPUT_TOKENS
+            ms *= input_tokens / INPUT_TOKENS * (gain if batch > 1 else 1.0)
             times[metric] = {"p50": ms, "p90": ms, "p99": ms}
         lengths = {"input_tokens": input_tokens, "output_tokens": 3}
         found.append(Cell(batch_size=batch, spread=0.0, **lengths, **times))
     return found
 
 
-def cells_at(shape, config, factor=1.0):
+def cells_at(shape, config, factor=1.0, gain=1.0):
     """The same at every length of ``config``."""
     return [
         cell
         for tokens in several(config.input_tokens)
-        for cell in cells(shape, config.batch_sizes, factor, tokens)
+        for cell in cells(shape, config.batch_sizes, factor, tokens, gain)
     ]
 
 
-def written(out, config, teacher, *, kl_nats=None):
+def written(out, config, teacher, *, kl_nats=None, gain=1.0):
     """A table of that machine, one lane for each of ``kl_nats``, the latter ones faster."""
     shape = read_shape(teacher.path)
     lanes = {}
     for number, (name, nats) in enumerate((kl_nats or {"plain": 0.0}).items()):
         rows = [
-            Row(sizes=one.changes(shape), cells=cells_at(one, config, 0.5**number))
+            Row(sizes=one.changes(shape), cells=cells_at(one, config, 0.5**number, gain))
             for one in [shape, *config.shapes(shape)]
         ]
         lane = config.lanes["plain"]
@@ -175,6 +180,7 @@ def runtime(monkeypatch):
 
     class Runtime:
         slower = 1.0
+        gain = 1.0
         timed: list = []
         workloads: tuple = ()
 
@@ -182,9 +188,9 @@ def runtime(monkeypatch):
             self.timed.append(sorted(shapes))
             shape = read_shape(stand.source.path)
             self.workloads = benchmark.rounds.workloads
-            found = {SOURCE: cells_at(shape, benchmark)}
+            found = {SOURCE: cells_at(shape, benchmark, gain=self.gain)}
             for name, made in shapes.items():
-                found[name] = cells_at(made, benchmark, self.slower)
+                found[name] = cells_at(made, benchmark, self.slower, self.gain)
             return found
 
     made = Runtime()
@@ -474,9 +480,9 @@ def test_a_table_of_another_model_is_refused(data, config, teacher, tmp_path):
 POINTS = [Point("ffn", 64, 128, 0.4), Point("depth", 3, 4, 0.6)]
 
 
-def found_corners(place, config, teacher, limit, kl_nats):
+def found_corners(place, config, teacher, limit, kl_nats, gain=1.0):
     """What the corners find under ``limit``, and the limits in milliseconds."""
-    table = read_table(written(place, config, teacher, kl_nats=kl_nats).path)
+    table = read_table(written(place, config, teacher, kl_nats=kl_nats, gain=gain).path)
     budget = Budget(latency=limit)
     found = corners(
         budget,
@@ -603,6 +609,112 @@ def test_nothing_that_fits_is_an_error_with_the_least_that_is_reached(config, te
     assert "the least that they reach is" in caught.value.hint
 
 
+# --- batch sizes --------------------------------------------------------------------------------
+
+GAIN = 0.6
+"""Two sequences take 1.2 times as long as one."""
+
+
+def single_tokens_per_s(teacher):
+    """Of the unpruned model at batch size 1."""
+    (cell,) = cells(read_shape(teacher.path), [1])
+    return 3000 / (cell.ttft_ms["p50"] + 2 * cell.itl_ms["p50"])
+
+
+def test_the_corners_of_several_batch_sizes_are_those_of_each(config, teacher, tmp_path):
+    nats = {"plain": 0.0, "quick": 0.1}
+    goal = {"tokens_per_s": 1.5 * single_tokens_per_s(teacher)}
+    both, limits = found_corners(
+        tmp_path / "t", config, teacher, goal | {"batches": [1, 2]}, nats, GAIN
+    )
+    assert [one.where for one in both[:4]] == [
+        f"{lane} at batch size {batch}" for lane in nats for batch in (1, 2)
+    ]
+    for batch in (1, 2):
+        single = goal | {"batch": batch}
+        alone, of_one = found_corners(tmp_path / f"t{batch}", config, teacher, single, nats, GAIN)
+        assert limits == of_one
+        assert [replace(one, batch=None) for one in both if one.batch == batch] == alone
+
+
+def test_a_larger_batch_alone_may_reach_the_goal(config, teacher, tmp_path):
+    goal = {"tokens_per_s": 1.5 * single_tokens_per_s(teacher), "batches": [1, 2]}
+    found, limits = found_corners(tmp_path / "t", config, teacher, goal, {"plain": 0.0}, GAIN)
+    with pytest.raises(PruningDoesNotPayError, match="in the lane plain at batch size 2") as caught:
+        choose_corner(found, limits)
+    assert (caught.value.verdict.name, caught.value.verdict.batch) == ("unpruned", 2)
+
+
+def test_a_batch_that_makes_its_users_wait_too_long_is_not_taken(config, teacher, tmp_path):
+    (one,) = cells(read_shape(teacher.path), [1])
+    goal = {"tokens_per_s": 1.5 * single_tokens_per_s(teacher), "batches": [1, 2]}
+    limit = goal | {"itl_ms": 1.1 * one.itl_ms["p50"]}
+    found, limits = found_corners(tmp_path / "t", config, teacher, limit, {"plain": 0.0}, GAIN)
+    verdict = choose_corner(found, limits)
+    assert (verdict.pruning_pays, verdict.batch) == (True, 2)
+    assert found[1].costs["token_ms"] <= limits["token_ms"]
+    assert found[1].costs["itl_ms"] > limits["itl_ms"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [
+        ({"tokens_per_s": 9, "batches": [1, 2], "batch": 2}, "batch or batches, not both"),
+        ({"tokens_per_s": 9, "batches": [2, 2]}, "stands twice"),
+        ({"tokens_per_s": 9, "batches": [2]}, "at least 2"),
+        ({"itl_ms": 9, "batches": [1, 2]}, "needs tokens_per_s"),
+        ({"tokens_per_s": "120%", "batches": [1, 2]}, "limits in numbers"),
+        ({"tokens_per_s": 9, "itl_ms": "90%", "batches": [1, 2]}, "limits in numbers"),
+    ],
+)
+def test_a_choice_of_batch_sizes_that_means_nothing_is_refused(limit, what):
+    with pytest.raises(ValidationError, match=what):
+        LatencyLimit(**limit)
+
+
+def test_a_choice_of_batch_sizes_comes_back_from_json():
+    limit = LatencyLimit(tokens_per_s=9, batches=[1, 2])
+    assert LatencyLimit.model_validate_json(limit.model_dump_json()) == limit
+
+
+def test_a_batch_size_that_was_not_measured_is_an_error(config, teacher, tmp_path):
+    goal = {"tokens_per_s": single_tokens_per_s(teacher), "batches": [2, 64]}
+    with pytest.raises(ModelError, match="64"):
+        found_corners(tmp_path / "t", config, teacher, goal, {"plain": 0.0}, GAIN)
+
+
+def test_only_scores_choose_among_batch_sizes(data, config, teacher, runtime, tmp_path):
+    table = written(tmp_path / "t", config, teacher, gain=GAIN)
+    goal = {"tokens_per_s": 2 * single_tokens_per_s(teacher), "batches": [1, 2]}
+    asked = one_axis(data, itl_ms=1).model_copy(update={"budget": Budget(latency=goal)})
+    with pytest.raises(ConfigError, match=r"batches \[1, 2\] leaves a choice"):
+        prune(asked, source=teacher, latency=table, out=tmp_path / "p")
+
+
+def test_candidates_are_timed_at_the_batch_size_that_was_chosen(
+    searched, config, teacher, runtime, tmp_path, capsys
+):
+    runtime.gain = GAIN
+    table = written(tmp_path / "t", config, teacher, gain=GAIN)
+    goal = {"tokens_per_s": 1.8 * single_tokens_per_s(teacher), "batches": [1, 2]}
+    asked = PruneConfig.model_validate(searched[0] | {"budget": {"latency": goal}})
+    inputs = {"source": teacher.path, "scores": searched[1], "latency": table.path}
+    ranking(asked, inputs, as_json=False)
+    assert "plain at batch size 2" in capsys.readouterr().out
+    points = read_points(searched[1])
+    bench = confirming.bench_of(asked, table, teacher, tmp_path / "work", points=points)
+
+    def rank(within):
+        found = possible(asked.axes, read_shape(teacher.path), within, asked.target, slack=0.1)
+        return ranked(found, points, asked.axes, asked.search)
+
+    kept = bench.confirm(rank(bench.corrected()), rank, 1)
+    assert [one.batch_size for one in runtime.workloads] == [2]
+    record = bench.record()
+    assert (record["limit"]["batch"], record["verdict"]["batch"]) == (2, 2)
+    assert record["tried"][-1]["name"] == bench.name(kept[0].candidate)
+
+
 # --- a search -----------------------------------------------------------------------------------
 
 
@@ -687,7 +799,7 @@ def test_a_dry_search_says_whether_pruning_pays(searched, config, teacher, tmp_p
     told = json.loads(looked(searched[0], 0.75 * ms, inputs, capsys, as_json=True))
     assert told["candidates"] == []
     assert told["verdict"] | {"words": ""} == {
-        "pruning_pays": False, "lane": "quick", "name": "unpruned", "words": ""
+        "pruning_pays": False, "lane": "quick", "name": "unpruned", "words": "", "batch": None
     }  # fmt: skip
     assert [(one["lane"], one["name"] == "unpruned") for one in told["corners"]] == [
         ("plain", True), ("quick", True), ("plain", False), ("quick", False)

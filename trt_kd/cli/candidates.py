@@ -120,8 +120,7 @@ def _in_time(
     """The budget held against the lane that the corners speak for, and the corners."""
     from trt_kd.latency.table import read_table
     from trt_kd.pruning.budget import limited
-    from trt_kd.pruning.latency_limit import stopwatch
-    from trt_kd.stages.corners import as_measured, corners, limits_of, verdict_of
+    from trt_kd.stages.corners import corners, limits_of, verdict_of, watch_of
 
     budget, limit = limited(config.budget)
     timed = read_table(place)
@@ -132,7 +131,7 @@ def _in_time(
         )
     found = corners(budget, timed, config.axes, config.target, points=points, search=search)
     verdict = verdict_of(found, limits_of(budget, timed))
-    watch = as_measured(budget, stopwatch(limit, timed, verdict.lane), shape)
+    watch = watch_of(limit, timed, verdict, budget)
     return budget.timed_by(watch), {"corners": found, "verdict": verdict, "watch": watch}
 
 
@@ -165,7 +164,7 @@ def corner_rows(found: "Sequence[Corner]") -> list[list[str]]:
     for one in found:
         costs = [amount(name, one.costs[name]) if one.costs else "-" for name in names]
         nats = "-" if one.nats is None else f"{one.nats:.3f}"
-        rows.append([one.lane, one.name, *costs, nats, "yes" if one.fits else "no"])
+        rows.append([one.where, one.name, *costs, nats, "yes" if one.fits else "no"])
     return rows
 
 

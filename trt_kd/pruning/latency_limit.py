@@ -51,6 +51,9 @@ class LatencyLimit(StrictModel):
     percentage above 100 of the unpruned model's."""
     batch: PositiveInt = 1
     """Sequences decoded together."""
+    batches: Annotated[list[PositiveInt], Field(min_length=2)] | None = None
+    """Instead of ``batch``, where the goal is throughput: one of these, whichever keeps the limits
+    at the least divergence, the first of equals."""
     input_tokens: PositiveInt | None = None
     """Prompt tokens of every sequence (ISL) in the latency table; null where no choice is left."""
     output_tokens: PositiveInt | None = None
@@ -69,6 +72,26 @@ class LatencyLimit(StrictModel):
         if share_of(self.tokens_per_s) is not None and share_of(self.tokens_per_s, 0.0) <= 1:
             raise ValueError("tokens_per_s: a percentage of the unpruned model's lies above 100%")
         return self
+
+    @model_validator(mode="after")
+    def _batches_are_comparable(self) -> Self:
+        if self.batches is None:
+            return self
+        if self.batch != 1:
+            raise ValueError("give batch or batches, not both")
+        if len(set(self.batches)) < len(self.batches):
+            raise ValueError("batches: a size stands twice")
+        if self.tokens_per_s is None:
+            raise ValueError("batches needs tokens_per_s: nothing else gains by a larger batch")
+        if any(share_of(one) for one in (self.itl_ms, self.ttft_ms, self.tokens_per_s)):
+            raise ValueError(
+                "batches needs limits in numbers: a percentage asks something else of every size"
+            )
+        return self
+
+    def at(self, batch: int | None) -> "LatencyLimit":
+        """The same at one of ``batches``; at ``batch``, which is the only one, for None."""
+        return self.model_copy(update={"batch": batch or self.batch, "batches": None})
 
     def lengths(self, measured: Sequence[Lengths]) -> Lengths:
         """Those of ``measured`` that are meant.
@@ -194,7 +217,10 @@ def stopwatch(limit: LatencyLimit, table: LatencyTable, lane: str) -> Stopwatch:
     Raises:
         ConfigError: if the table has no such lane, or not one pair of the lengths that are meant.
         ModelError: if its batch sizes do not reach the limit's.
+        ValueError: if the limit leaves a choice of batch sizes.
     """
+    if limit.batches is not None:
+        raise ValueError("one batch size at a time: see LatencyLimit.at")
     first = limit.lane or next(iter(table.lanes))
     lengths = limit.lengths(table.lengths)
     made = Stopwatch(

@@ -15,7 +15,7 @@ def corners(search: SizeSearch) -> Table:
     names = list(search.latency.limits)
     rows = [
         Row(
-            one.lane,
+            one.where,
             [
                 Cell(one.name),
                 *(Cell(significant(one.costs[name]) if one.costs else MISSING) for name in names),
@@ -30,9 +30,12 @@ def corners(search: SizeSearch) -> Table:
         f"{NAMES[name]} at most {significant(ms)}" for name, ms in search.latency.limits.items()
     )
     asked = search.latency.limit
-    lengths = ""
+    workload = []
+    if all(one.batch is None for one in search.latency.corners):
+        workload.append(f"batch size {asked['batch']}")
     if asked.get("input_tokens") is not None:
-        lengths = f", {asked['input_tokens']} + {asked['output_tokens']} tokens"
+        workload.append(f"{asked['input_tokens']} + {asked['output_tokens']} tokens")
+    begin = f"{', '.join(workload)}; ".capitalize() if workload else ""
     errors = ", ".join(
         f"{NAMES[metric].partition(' ')[0]} {share:.1%}"
         for metric, share in search.latency.prediction_errors.items()
@@ -41,7 +44,7 @@ def corners(search: SizeSearch) -> Table:
         "Lane",
         ["Sizes", *(NAMES[name] for name in names), "Divergence (nats)", "Fits"],
         rows,
-        f"Batch size {asked['batch']}{lengths}; {limits}. Times of the unpruned model are "
+        f"{begin}{limits}. Times of the unpruned model are "
         f"measured, the others predicted (median error: {errors}); divergence adds up what format "
         "and cut cost before any training. A lane that fits unpruned is pruned as little as gains "
         "anything, one that no sizes bring to the limit as near as they get.",
@@ -52,7 +55,8 @@ def _is_chosen(one: CornerRecord, limit: TimeLimit) -> bool:
     """Whether the verdict names this corner; in older records, whether its lane was searched."""
     if limit.verdict is None:
         return one.fits and one.lane == limit.lane
-    return (one.lane, one.name) == (limit.verdict.lane, limit.verdict.name)
+    chosen = limit.verdict
+    return (one.lane, one.batch, one.name) == (chosen.lane, chosen.batch, chosen.name)
 
 
 def timed(search: SizeSearch) -> Table:

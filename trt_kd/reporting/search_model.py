@@ -91,11 +91,23 @@ class TournamentRecord(Record):
     """The winner against the first choice, after the last round that saw both."""
 
 
-class CornerRecord(Record):
-    """One way to a limit on time: a lane, unpruned or pruned to fit."""
+class Way(Record):
+    """A lane, at a batch size where the limit left a choice."""
 
     lane: str
     """Name of the lane."""
+    batch: int | None = None
+    """Batch size; null where there was one only."""
+
+    @property
+    def where(self) -> str:
+        """Both in words."""
+        return self.lane if self.batch is None else f"{self.lane} at batch size {self.batch}"
+
+
+class CornerRecord(Way):
+    """One way to a limit on time, unpruned or pruned to fit."""
+
     name: str
     """``unpruned``, or the sizes."""
     fits: bool
@@ -107,13 +119,11 @@ class CornerRecord(Record):
     """Divergence that format and cut add up to, in nats per token; null without scores."""
 
 
-class VerdictRecord(Record):
+class VerdictRecord(Way):
     """Which corner keeps the limits nearest to the unpruned model."""
 
     pruning_pays: bool
     """Whether that one is pruned."""
-    lane: str
-    """Its lane."""
     name: str
     """``unpruned``, or its sizes."""
     words: str

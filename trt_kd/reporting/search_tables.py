@@ -42,14 +42,14 @@ def _pays(search: SizeSearch) -> str:
     verdict = limit.verdict
     if not verdict.pruning_pays:
         return (
-            f"Pruning does not pay: the format alone keeps the limit in the lane {verdict.lane}, "
+            f"Pruning does not pay: the format alone keeps the limit in the lane {verdict.where}, "
             "and nothing that is pruned strays less."
         )
-    fitting = [one.lane for one in limit.corners if one.fits and one.name == UNPRUNED]
+    fitting = [one.where for one in limit.corners if one.fits and one.name == UNPRUNED]
     why = "no lane keeps the limit unpruned"
     if fitting:
         why = f"unpruned, the limit is kept by {' and '.join(fitting)}, which strays further"
-    return f"Pruning pays: {why}. The sizes were searched in the lane {verdict.lane}."
+    return f"Pruning pays: {why}. The sizes were searched in the lane {verdict.where}."
 
 
 def _counts(search: SizeSearch) -> str:

@@ -21,7 +21,7 @@ from trt_kd.latency.table import Cell, read_table
 from trt_kd.pruning.base import Axis
 from trt_kd.pruning.budget import Budget, limited
 from trt_kd.pruning.candidates import Candidate, possible
-from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, costs, stopwatch
+from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, costs
 from trt_kd.pruning.search import Ranked, name_of, open_axes
 from trt_kd.pruning.sensitivity import Point
 from trt_kd.pruning.sizes import settled
@@ -30,11 +30,11 @@ from trt_kd.stages.benchmark import BenchmarkConfig
 from trt_kd.stages.corners import (
     Corner,
     Verdict,
-    as_measured,
     choose_corner,
     corners,
     limits_of,
     told,
+    watch_of,
 )
 from trt_kd.stages.latency import LatencyConfig
 from trt_kd.stages.twins import CELLS, SOURCE, Stand, untested_export
@@ -231,16 +231,21 @@ def bench_of(
             f"the latency table has {len(table.lanes)} lanes: {', '.join(table.lanes)}",
             hint="name one as budget.latency.lane; only a search over several axes can choose",
         )
+    if not points and limit.batches is not None:
+        raise ConfigError(
+            f"budget.latency.batches {limit.batches} leaves a choice, and there are no scores",
+            hint="name one as budget.latency.batch; only a search over several axes can choose",
+        )
     search = config.searching
     found = corners(budget, table, config.axes, config.target, points=points, search=search)
     limits = limits_of(budget, table)
     for corner in found:
-        log.info("%s, %s: %s", corner.lane, corner.name, corner.judged)
+        log.info("%s, %s: %s", corner.where, corner.name, corner.judged)
     verdict = choose_corner(found, limits)
     log.info("%s", verdict.words)
     registry: Registry[Any] = EXPORTERS
     exporter: Any = build_plugin(registry, table.lanes[verdict.lane].lane)
-    watch = as_measured(budget, stopwatch(limit, table, verdict.lane), table.shape)
+    watch = watch_of(limit, table, verdict, budget)
     return Bench(
         budget=budget,
         watch=watch,

@@ -1,4 +1,4 @@
-"""Ways to a limit on time: every lane, unpruned and pruned, and which of them pays.
+"""Ways to a limit on time: every lane (at every batch size), unpruned and pruned, and what pays.
 
 The unpruned model in every lane comes first, so that a format that is fast enough by itself is
 never passed over for a cut that would only cost.
@@ -15,7 +15,7 @@ from trt_kd.pruning.base import Axis
 from trt_kd.pruning.budget import Budget, amount, limited
 from trt_kd.pruning.candidates import possible
 from trt_kd.pruning.catalogue import Target
-from trt_kd.pruning.latency_limit import Stopwatch, at_most, stopwatch
+from trt_kd.pruning.latency_limit import LatencyLimit, Stopwatch, at_most, stopwatch
 from trt_kd.pruning.search import Search, name_of, open_axes, ranked
 from trt_kd.pruning.sensitivity import Point
 
@@ -38,6 +38,13 @@ class Corner:
     there are no sizes."""
     nats: float | None
     """Divergence from the unpruned model that format and cut add up to; None without scores."""
+    batch: int | None = None
+    """Batch size, where the limit leaves a choice."""
+
+    @property
+    def where(self) -> str:
+        """Its lane, and its batch size where there is a choice."""
+        return place(self.lane, self.batch)
 
     @property
     def words(self) -> str:
@@ -63,6 +70,8 @@ class Verdict:
     """``unpruned``, or the sizes."""
     words: str
     """The same in a sentence or two, for a person."""
+    batch: int | None = None
+    """Its batch size, where the limit leaves a choice."""
 
 
 class PruningDoesNotPayError(ModelError):
@@ -81,8 +90,13 @@ class PruningDoesNotPayError(ModelError):
     @property
     def told(self) -> str:
         """Verdict and corners in a line, for a report."""
-        every = "; ".join(f"{one.lane}, {one.name}: {one.judged}" for one in self.corners)
+        every = "; ".join(f"{one.where}, {one.name}: {one.judged}" for one in self.corners)
         return f"{self.verdict.words[:1].upper()}{self.verdict.words[1:]} ({every})"
+
+
+def place(lane: str, batch: int | None) -> str:
+    """A lane in words, at a batch size where there is a choice."""
+    return lane if batch is None else f"{lane} at batch size {batch}"
 
 
 def corners(
@@ -94,7 +108,7 @@ def corners(
     points: Sequence[Point] = (),
     search: Search | None = None,
 ) -> list[Corner]:
-    """Every lane unpruned, then the best of every lane pruned to the limits.
+    """Every lane (at every batch size) unpruned, then the best of every one pruned to the limits.
 
     A lane that keeps the limits unpruned is pruned as little as its ``min_speedup`` asks for, to
     show what a cut would cost there; one that no sizes bring to the limits, as near as they get.
@@ -106,7 +120,7 @@ def corners(
     budget, limit = limited(budget)
     made = _Corners(budget, table, axes, target, points, search or Search())
     lanes = [limit.lane] if limit.lane else list(table.lanes)
-    plain = [made.unpruned(lane) for lane in lanes]
+    plain = [made.unpruned(lane, batch) for lane in lanes for batch in limit.batches or [None]]
     pruned, refused = zip(*(made.pruned(corner) for corner in plain), strict=True)
     found = [*plain, *pruned]
     errors = [error for error in refused if error is not None]
@@ -122,8 +136,16 @@ def limits_of(budget: Budget, table: LatencyTable) -> dict[str, float]:
         ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
     """
     budget, limit = limited(budget)
-    lane = limit.lane or next(iter(table.lanes))
-    return budget.timed_by(stopwatch(limit, table, lane)).limits(table.shape)
+    lane, batch = limit.lane or next(iter(table.lanes)), (limit.batches or [None])[0]
+    return budget.timed_by(stopwatch(limit.at(batch), table, lane)).limits(table.shape)
+
+
+def watch_of(
+    limit: LatencyLimit, table: LatencyTable, verdict: Verdict, budget: Budget
+) -> Stopwatch:
+    """The limit on time where ``verdict`` says."""
+    watch = stopwatch(limit.at(verdict.batch), table, verdict.lane)
+    return as_measured(budget, watch, table.shape)
 
 
 @dataclass(frozen=True)
@@ -135,18 +157,18 @@ class _Corners:
     points: Sequence[Point]
     search: Search
 
-    def unpruned(self, lane: str) -> Corner:
+    def unpruned(self, lane: str, batch: int | None) -> Corner:
         """The unpruned model in ``lane``, as it was measured."""
-        watch, shape = self._watch(lane), self.table.shape
+        watch, shape = self._watch(lane, batch), self.table.shape
         within = self.budget.timed_by(watch)
         costs = within.values(shape) | watch.before()
         limits = within.limits(shape)
         fits = all(cost <= limits[name] for name, cost in costs.items())
-        return Corner(lane, UNPRUNED, fits, costs, self.table.lanes[lane].kl_nats)
+        return Corner(lane, UNPRUNED, fits, costs, self.table.lanes[lane].kl_nats, batch)
 
     def pruned(self, plain: Corner) -> tuple[Corner, ModelError | None]:
         """The lane of ``plain`` pruned to the limits, or as near to them as it gets and why."""
-        watch = self._watch(plain.lane)
+        watch = self._watch(plain.lane, plain.batch)
         limits = watch.limits()
         if plain.fits:
             asked = {name: ms / watch.limit.min_speedup for name, ms in watch.before().items()}
@@ -166,10 +188,10 @@ class _Corners:
         try:
             return self._best(plain, ms), None
         except ModelError as error:
-            return Corner(plain.lane, NO_SIZES, False, {}, None), error
+            return Corner(plain.lane, NO_SIZES, False, {}, None, plain.batch), error
 
     def _best(self, plain: Corner, ms: dict[str, float]) -> Corner:
-        watch, shape = self._watch(plain.lane), self.table.shape
+        watch, shape = self._watch(plain.lane, plain.batch), self.table.shape
         watch = replace(watch, limit=at_most(watch.limit, ms))
         watch = _scaled(watch, shape) if plain.fits else as_measured(self.budget, watch, shape)
         within = self.budget.timed_by(watch)
@@ -179,11 +201,11 @@ class _Corners:
             first = ranked(found, self.points, opened, self.search)[0]
             best, nats = first.candidate, first.predicted_nats + (plain.nats or 0.0)
         costs = {name: float(value) for name, value in within.values(best.shape).items()}
-        return Corner(plain.lane, name_of(best.shape, opened), True, costs, nats)
+        return Corner(plain.lane, name_of(best.shape, opened), True, costs, nats, plain.batch)
 
-    def _watch(self, lane: str) -> Stopwatch:
+    def _watch(self, lane: str, batch: int | None) -> Stopwatch:
         _, limit = limited(self.budget)
-        return stopwatch(limit, self.table, lane)
+        return stopwatch(limit.at(batch), self.table, lane)
 
 
 def as_measured(budget: Budget, watch: Stopwatch, shape: ModelShape) -> Stopwatch:
@@ -214,7 +236,7 @@ def verdict_of(found: Sequence[Corner], limits: dict[str, float]) -> Verdict:
     best = min(known, key=lambda one: one.nats or 0.0) if known else _first_fitting(found)
     pays = best.name != UNPRUNED
     words = _pays(best, found, limits) if pays else _does_not_pay(best, found, limits)
-    return Verdict(pays, best.lane, best.name, words)
+    return Verdict(pays, best.lane, best.name, words, best.batch)
 
 
 def _first_fitting(found: Sequence[Corner]) -> Corner:
@@ -223,7 +245,7 @@ def _first_fitting(found: Sequence[Corner]) -> Corner:
 
 def _pays(best: Corner, found: Sequence[Corner], limits: dict[str, float]) -> str:
     plain = [corner for corner in found if corner.name == UNPRUNED]
-    told = "; ".join(f"{one.lane} {one.words}" for one in plain)
+    told = "; ".join(f"{one.where} {one.words}" for one in plain)
     near = [one for one in plain if one.fits]
     if near:
         why = f"unpruned {told}, of which {_joined(near)} keeps {_words_of(limits)} but strays "
@@ -231,26 +253,26 @@ def _pays(best: Corner, found: Sequence[Corner], limits: dict[str, float]) -> st
     else:
         why = f"no lane keeps {_words_of(limits)} unpruned ({told})"
     return (
-        f"pruning pays: {why}; {best.lane} with {best.name} is predicted at {best.words}"
+        f"pruning pays: {why}; {best.where} with {best.name} is predicted at {best.words}"
         f"{' before any training' if best.nats is not None else ''}"
     )
 
 
 def _does_not_pay(best: Corner, found: Sequence[Corner], limits: dict[str, float]) -> str:
-    alone = f"the format alone keeps {_words_of(limits)} in the lane {best.lane}, at {best.words}"
+    alone = f"the format alone keeps {_words_of(limits)} in the lane {best.where}, at {best.words}"
     cut = [one for one in found if one.fits and one.name != UNPRUNED]
     if any(one.nats is None for one in cut):
         return f"pruning is not needed: {alone}; what a cut would cost is not known without scores"
     words = f"pruning does not pay: {alone}"
     if cut:
         nearest = min(cut, key=lambda one: one.nats or 0.0)
-        words += f"; the best that is pruned, {nearest.lane} with {nearest.name}, is predicted at "
+        words += f"; the best that is pruned, {nearest.where} with {nearest.name}, is predicted at "
         words += f"{nearest.words} before any training"
     return words
 
 
 def _joined(found: Sequence[Corner]) -> str:
-    return " and ".join(one.lane for one in found)
+    return " and ".join(one.where for one in found)
 
 
 def _words_of(limits: dict[str, float]) -> str:
