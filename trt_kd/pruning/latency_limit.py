@@ -89,6 +89,11 @@ class LatencyLimit(StrictModel):
             )
         return self
 
+    @property
+    def choices(self) -> list[int | None]:
+        """Batch sizes to choose from; None alone where there is no choice."""
+        return [*self.batches] if self.batches else [None]
+
     def at(self, batch: int | None) -> "LatencyLimit":
         """The same at one of ``batches``; at ``batch``, which is the only one, for None."""
         return self.model_copy(update={"batch": batch or self.batch, "batches": None})

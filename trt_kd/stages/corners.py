@@ -120,7 +120,7 @@ def corners(
     budget, limit = limited(budget)
     made = _Corners(budget, table, axes, target, points, search or Search())
     lanes = [limit.lane] if limit.lane else list(table.lanes)
-    plain = [made.unpruned(lane, batch) for lane in lanes for batch in limit.batches or [None]]
+    plain = [made.unpruned(lane, batch) for lane in lanes for batch in limit.choices]
     pruned, refused = zip(*(made.pruned(corner) for corner in plain), strict=True)
     found = [*plain, *pruned]
     errors = [error for error in refused if error is not None]
@@ -136,7 +136,7 @@ def limits_of(budget: Budget, table: LatencyTable) -> dict[str, float]:
         ConfigError: if ``budget`` limits no time, or names a lane that the table lacks.
     """
     budget, limit = limited(budget)
-    lane, batch = limit.lane or next(iter(table.lanes)), (limit.batches or [None])[0]
+    lane, batch = limit.lane or next(iter(table.lanes)), limit.choices[0]
     return budget.timed_by(stopwatch(limit.at(batch), table, lane)).limits(table.shape)
 
 
