@@ -16,6 +16,7 @@ from trt_kd.architectures.shape import read_shape, shape_from_config
 from trt_kd.checkpoints import load_model, load_tokenizer, save_model, stored_dtype
 from trt_kd.data.base import documents
 from trt_kd.errors import VerificationError
+from trt_kd.heap import kept_pages
 from trt_kd.measuring.progress import progress
 from trt_kd.optional import require
 from trt_kd.pruning.sizes import settled, waypoints
@@ -35,6 +36,7 @@ BATCH = 4
 """Calibration sequences that are run at once."""
 
 
+@kept_pages()
 def cut_checkpoint(
     config: "PruneConfig",
     source: Path,
