@@ -190,3 +190,27 @@ def test_a_damaged_model_is_not_imported(place, teacher, name):
     spoil(place / "model")
     assert what in told(place, teacher, "import", "source={tmp}/model", "--out", "{tmp}/out")
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "where"),
+    [
+        (["prune", "--nope"], "no such option: --nope", " prune --help"),
+        (["prun"], "no such command 'prun'", " --help"),
+        (["prune"], "missing option '--source'", " prune --help"),
+        (["run"], "missing argument", " run --help"),
+        (["gate", "a", "b"], "got unexpected extra argument", " gate --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_told_like_any_mistake(
+    place, teacher, arguments, what, where
+):
+    said = told(place, teacher, *arguments)
+    assert what in said
+    assert said.rstrip().endswith(where)
+
+
+def test_nothing_at_all_shows_the_help_and_ends_like_a_mistake():
+    done = CliRunner().invoke(app, [])
+    assert done.exit_code == 2
+    assert "Exit codes" in done.output

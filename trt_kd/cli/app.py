@@ -8,13 +8,14 @@ import typer
 
 from trt_kd import __version__
 from trt_kd.cli import draft, inspecting, layers, running, sensitivity, single, timing
-from trt_kd.cli.console import EXIT_CODES, Settings, reported
+from trt_kd.cli.console import EXIT_CODES, Commands, Settings, reported
 
-EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 13 minutes).
+EPILOG = f"""Try it: trt-kd run workflows/quickstart.yaml (SmolLM2-135M on a CPU, about 10 minutes).
 
 {EXIT_CODES}"""
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from trt_kd.errors import TrtKdError
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, or that of a typer which holds its own
 P = ParamSpec("P")
 R = TypeVar("R")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
@@ -25,6 +27,28 @@ class Settings:
     """Choices of the whole command line."""
 
     debug = False
+
+
+class Commands(TyperGroup):
+    """The commands; a command line that cannot be read is told in two lines like every mistake."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """See the base class."""
+        alone, extra["standalone_mode"] = extra.get("standalone_mode", True), False
+        if not alone:
+            return super().main(*args, **extra)
+        try:
+            code = super().main(*args, **extra)
+        except _UsageError as error:
+            context, message = error.ctx, error.format_message()
+            if context is None or message == context.get_help():  # nothing was asked for
+                error.show()
+            else:
+                message = message.partition("\n")[0].rstrip(".")
+                print(f"error: {message[:1].lower()}{message[1:]}", file=sys.stderr)
+                print(f"  hint: {context.command_path} --help", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
