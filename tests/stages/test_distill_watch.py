@@ -178,12 +178,17 @@ def test_watching_changes_nothing_of_the_training(
     assert not (alone.path / "monitors.jsonl").exists()
 
 
+@pytest.fixture
+def roles(student, teacher):
+    return {"student": student, "teacher": teacher}
+
+
 @pytest.mark.parametrize("draws", [0, 4])
 def test_a_cached_teacher_is_measured_against_too(
-    draws, watched, settings, student, teacher, tmp_path, log_of
+    draws, watched, settings, roles, tmp_path, log_of
 ):
     config = settings(teacher={"kind": "cached", "k": 16, "draws": draws}, steps=2, task_weight=0.0)
-    cached = distill(config, student=student, teacher=teacher, out=tmp_path / "out")
+    cached = distill(config, **roles, out=tmp_path / "out")
     found, dense = log_of(cached, "monitors")[0], log_of(watched, "monitors")[0]
     name = "heldout_task_nats_per_token"
     assert found[name] == pytest.approx(dense[name])
