@@ -8,8 +8,8 @@ cache holds, its tail spread evenly over the others; the part of it that is lost
 by leaving tokens out; forward KL of a student by the dense and by the cached teacher, draws
 included; tokens encoded and decoded per second by one thread. Without --student the student is the
 teacher with noise on its weights. With --train-steps the student is trained twice, online and
-cached, and both are measured on held-out text by the dense teacher.
-Prints tables, then one line of JSON.
+cached, and both are measured on held-out text by the dense teacher. Prints tables, then one line of
+JSON.
 """
 
 import argparse

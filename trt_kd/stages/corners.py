@@ -44,7 +44,7 @@ class Corner:
     @property
     def where(self) -> str:
         """Its lane, and its batch size where there is a choice."""
-        return place(self.lane, self.batch)
+        return self.lane if self.batch is None else f"{self.lane} at batch size {self.batch}"
 
     @property
     def words(self) -> str:
@@ -92,11 +92,6 @@ class PruningDoesNotPayError(ModelError):
         """Verdict and corners in a line, for a report."""
         every = "; ".join(f"{one.where}, {one.name}: {one.judged}" for one in self.corners)
         return f"{self.verdict.words[:1].upper()}{self.verdict.words[1:]} ({every})"
-
-
-def place(lane: str, batch: int | None) -> str:
-    """A lane in words, at a batch size where there is a choice."""
-    return lane if batch is None else f"{lane} at batch size {batch}"
 
 
 def corners(
